@@ -1,0 +1,3 @@
+from replivit.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""One module per command; each has `register(app)`. Keep heavy imports inside functions."""

@@ -1,0 +1,69 @@
+"""The command `replivit`: commands are found by name, and errors end in one sentence."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+from typing import Annotated
+
+import typer
+
+from harness.errors import ReplivitError, one_line
+from replivit.cli import commands
+from replivit.cli.console import err
+
+app = typer.Typer(
+    name="replivit",
+    help="Compact vision transformers, rebuilt, proven and measured on one bench.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from importlib import metadata
+
+        typer.echo(f"replivit {metadata.version('replivit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+    if debug:
+        os.environ["REPLIVIT_DEBUG"] = "1"
+
+
+def _add_commands() -> None:
+    """Every module of `replivit.cli.commands` adds itself through `register(app)`."""
+    for module in sorted(pkgutil.iter_modules(commands.__path__), key=lambda one: one.name):
+        importlib.import_module(f"{commands.__name__}.{module.name}").register(app)
+
+
+_add_commands()
+
+
+def main() -> None:
+    """Run the command; a user's error is one sentence and exit code 1, Ctrl-C is 130."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("stopped; what was already measured is kept", style="yellow")
+        sys.exit(130)
+    except (ReplivitError, ValueError, OSError, MemoryError) as error:
+        if os.environ.get("REPLIVIT_DEBUG"):
+            raise
+        name = "" if isinstance(error, ReplivitError) else f"{type(error).__name__}: "
+        err.print(f"error: {name}{one_line(error)}", style="red", markup=False)
+        sys.exit(1)
