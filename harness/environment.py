@@ -83,9 +83,11 @@ def _git(*arguments: str) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """Commit and dirty flag of the checkout this code runs from; (None, None) outside one."""
+    """Commit and dirty flag of the checkout this code runs from, or was installed from."""
     if not (ROOT / ".git").exists():
-        return None, None
+        note = Path(__file__).with_name("_commit.txt")  # left by setup.py in a built package
+        words = note.read_text().split() if note.is_file() else []
+        return (words[0], "dirty" in words) if words else (None, None)
     commit = _git("rev-parse", "HEAD")
     if commit is None:
         return None, None

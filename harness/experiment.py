@@ -47,7 +47,7 @@ class ExperimentResult:
     published: list[dict[str, Any]] = field(default_factory=list)
     figures: dict[str, Figure] = field(default_factory=dict)
     notes: str = ""
-    conditions: Conditions = Conditions()
+    conditions: Conditions = field(default_factory=Conditions)
     # filled in by `harness.run`
     name: str = ""
     title: str = ""

@@ -222,7 +222,8 @@ def load_yaml(path: Path, model: type[BaseModel]) -> Any:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        # an unknown key says more than the field that its misspelling left missing
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         key_path = tuple(first["loc"])
         key = ".".join(str(part) for part in key_path) or "the file"
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

@@ -95,7 +95,7 @@ def _load(directory: Path, package: str) -> Paper:
         facts = load_paper(directory / "paper.yaml")
         if facts.key != key:
             raise ReplivitError(
-                f"{directory / 'paper.yaml'}: key {facts.key!r} must be the directory's name {key!r}"
+                f"{directory / 'paper.yaml'}: key {facts.key!r} is not the directory's name"
             )
     except ReplivitError as error:
         return Paper(key, directory, package, None, one_line(error))

@@ -1,0 +1,64 @@
+"""The command: help that helps, errors in one sentence, exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from harness.errors import ReplivitError
+from replivit.cli import main as cli
+
+runner = CliRunner()
+
+
+def test_every_command_has_a_help_text():
+    group = typer.main.get_command(cli.app)
+    assert {"list", "info", "measure", "compare", "train", "leaderboard"} <= set(group.commands)
+    for name, command in group.commands.items():
+        assert command.help, f"{name} has no help"
+        result = runner.invoke(cli.app, [name, "--help"])
+        assert result.exit_code == 0, name
+
+
+def test_list_and_info():
+    listing = runner.invoke(cli.app, ["list"])
+    assert listing.exit_code == 0
+    assert "efficientformer" in listing.output
+    one = runner.invoke(cli.app, ["info", "efficientformer"])
+    assert "arXiv 2206.01191" in one.output
+    variant = runner.invoke(cli.app, ["info", "efficientformer_l1"])
+    assert "top1 79.2 %" in variant.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ReplivitError("the\nthing is <missing>"), 1, "error: the thing is <missing>"),
+        (OSError(28, "No space left on device"), 1, "No space left"),
+        (KeyboardInterrupt(), 130, "already measured is kept"),
+    ],
+)
+def test_errors_end_in_one_sentence(monkeypatch, capsys, error, code, words):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == code
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_typo_ends_with_a_suggestion_and_a_non_zero_exit():
+    done = subprocess.run(
+        [sys.executable, "-m", "replivit", "info", "efficientformer_l2"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "did you mean" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,74 @@
+"""Experiments: run by name, figures saved, table recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import harness
+from harness import experiment as experiment_module
+from harness.errors import ReplivitError
+from harness.experiment import ExperimentResult, Finding
+from harness.paper import ExperimentSpec
+from harness.record import RecordStore
+from harness.registry import Experiment
+
+
+class ToyPaper:
+    key = "toy"
+
+    def resolve(self, reference):
+        return toy_table
+
+
+def toy_table(scale, width=2):
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.subplots().plot([0, width])
+    return ExperimentResult(
+        rows=[{"width": width, "scale": scale}],
+        findings=[Finding("wider is wider", "reproduced", f"width {width}")],
+        figures={"line": figure},
+    )
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    spec = ExperimentSpec(run="experiments:table", title="Table 1")
+    found = Experiment("toy/table", ToyPaper(), spec)
+    monkeypatch.setattr(experiment_module, "get_experiment", lambda name: found)
+
+
+def test_run_records_rows_findings_and_figures(own_home):
+    result = harness.run("toy/table", scale="small", width=5)
+    assert result.title == "Table 1"
+    (record,) = RecordStore().load()
+    assert record.metric == "experiment"
+    assert record.detail["rows"] == [{"width": 5, "scale": "small"}]
+    assert record.detail["findings"][0]["outcome"] == "reproduced"
+    assert record.detail["options"] == {"width": "5"}
+    files = [own_home / path for path in record.detail["figures"]]
+    assert [path.suffix for path in files] == [".svg", ".png"]
+    assert files[0].read_text().startswith("<?xml")
+    assert not any(Path(path).is_absolute() for path in record.detail["figures"])
+
+
+def test_figures_are_byte_identical_when_drawn_again(own_home):
+    first = harness.run("toy/table").figure_files[0].read_bytes()
+    assert harness.run("toy/table").figure_files[0].read_bytes() == first
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ReplivitError, match="cannot write figures"):
+        experiment_module.save_figures(toy_table("small").figures, blocked / "x")
+
+
+def test_findings_cannot_be_edited_later():
+    finding = toy_table("small").findings[0]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        finding.outcome = "deviates"
