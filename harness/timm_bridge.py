@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
 from harness import registry
 from harness.registry import Variant
@@ -14,24 +17,30 @@ from harness.registry import Variant
 PREFIX = "replivit_"
 _MODULE = "replivit_timm_models"
 
+#: timm's own bookkeeping of pretrained weights, which has no meaning here.
+_UNUSED = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+#: What timm's scripts pass to every model. A builder without such an option still does what they
+#: say; with any other value it is an unknown option.
+_DEFAULTS = {"in_chans": 3, "drop_rate": 0.0}
 
-def _entry_point(variant: Variant):
+
+def _entry_point(variant: Variant) -> Callable[..., nn.Module]:
     """timm's entry point: `(pretrained, num_classes, img_size, **overrides) -> nn.Module`."""
 
-    def create(pretrained: bool = False, **kwargs: Any):
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         from harness.checkpoints import load_pretrained
 
-        for ignored in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-            kwargs.pop(ignored, None)
-        num_classes = kwargs.pop("num_classes", None)
-        image_size = kwargs.pop("img_size", None)
-        kwargs.pop("in_chans", None)
-        if pretrained:
-            return load_pretrained(
-                variant.name, num_classes=num_classes, image_size=image_size, **kwargs
-            )
-        return registry.build(
-            variant.name, num_classes=num_classes, image_size=image_size, **kwargs
+        options = {name: value for name, value in kwargs.items() if name not in _UNUSED}
+        known = inspect.signature(variant.paper.resolve(variant.spec.build)).parameters
+        for name, value in _DEFAULTS.items():
+            if name not in known and options.get(name) == value:
+                del options[name]
+        make = load_pretrained if pretrained else registry.build
+        return make(
+            variant.name,
+            num_classes=options.pop("num_classes", None),
+            image_size=options.pop("img_size", None),
+            **options,
         )
 
     create.__name__ = create.__qualname__ = PREFIX + variant.name

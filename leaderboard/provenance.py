@@ -1,0 +1,88 @@
+"""Where a number came from, as text: conditions, machine, code, and the command to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+
+from harness.record import METRICS, Record
+
+GROUPS = {
+    "params": "params", "params_trainable": "params", "params_paper": "params",
+    "macs": "macs", "macs_fvcore": "macs", "macs_paper": "macs",
+    "latency": "latency", "latency_ratio": "latency", "first_call": "latency",
+    "memory_inference": "memory", "memory_training": "memory",
+}  # fmt: skip
+
+
+def record_id(record: Record) -> str:
+    """A short stable name of a record: the start of the SHA-256 of its line."""
+    return hashlib.sha256(record.model_dump_json().encode()).hexdigest()[:16]
+
+
+def remeasure_command(record: Record) -> str:
+    """The command line that measures this record's cell again."""
+    given = record.conditions
+    if record.metric == "experiment":
+        words = ["replivit", "run", record.variant, "--scale", str(record.detail.get("scale"))]
+        for key, value in record.detail.get("options", {}).items():
+            words += ["--set", f"{key}={value}"]
+    elif record.metric in GROUPS:
+        words = ["replivit", "measure", record.variant, "--metrics", GROUPS[record.metric]]
+        if GROUPS[record.metric] in ("latency", "memory"):
+            words += ["--device", given.device, "--batch-size", str(given.batch_size or 1)]
+            words += ["--backend", given.backend, "--dtype", given.dtype]
+            words += ["--threads", str(given.threads)] if given.threads else []
+    elif given.seed is not None or record.metric in ("train_time", "images_seen"):
+        words = ["replivit", "train", record.variant, "--track", given.track or "imagenet"]
+        words += ["--seed", str(given.seed or 0)]
+    else:
+        words = ["replivit", "evaluate", record.variant, "--track", given.track or "imagenet"]
+        words += ["--limit", str(given.options["limit"])] if "limit" in given.options else []
+    return shlex.join(words)
+
+
+def facts(record: Record) -> list[tuple[str, str]]:
+    """Label and text of everything that produced a record, in reading order."""
+    given, where = record.conditions, record.environment
+    commit = where.commit[:12] if where.commit else "not a checkout"
+    versions = ", ".join(f"{name} {text}" for name, text in where.packages.items())
+    size = f"{given.image_size} px" if given.image_size else None
+    value = None if record.value is None else f"{record.value:,} {record.unit}"
+    if record.interval:
+        value += f" ({record.interval[0]:.6g} to {record.interval[1]:.6g})"
+    found = [
+        ("value", None if record.metric == "experiment" else value),
+        ("status", f"{record.status}: {record.reason}" if record.reason else record.status),
+        ("method", record.method),
+        ("independent units (n)", record.n),
+        ("track", given.track),
+        ("seed", given.seed),
+        ("weights SHA-256", given.weights_sha256),
+        ("data fingerprint", given.data_fingerprint),
+        ("preprocessing SHA-256", given.preprocessing_sha256),
+        ("input", size),
+        ("setting", _setting(record)),
+        ("machine", f"{where.machine}, {where.memory_gib:g} GiB, {where.system}"),
+        ("software", f"replivit {where.replivit}, Python {where.python}, {versions}"),
+        ("CUDA", where.cuda),
+        ("commit", commit + (" with uncommitted changes" if where.dirty else "")),
+        ("code SHA-256", where.code_sha256[:16]),
+        ("measured", f"{record.started:%Y-%m-%d %H:%M} UTC, took {record.duration_s:.3g} s"),
+        ("record", record_id(record)),
+    ]
+    return [(label, str(text)) for label, text in found if text not in (None, "")]
+
+
+def _setting(record: Record) -> str:
+    given = record.conditions
+    parts = [given.device, given.backend, given.dtype]
+    parts += [f"batch {given.batch_size}"] if given.batch_size else []
+    parts += [f"{given.threads} threads"] if given.threads else []
+    parts += [f"{key}={value}" for key, value in given.options.items()]
+    return ", ".join(parts)
+
+
+def unit_of(metric: str) -> str:
+    """The unit that records of a metric carry."""
+    return METRICS.get(metric, "")

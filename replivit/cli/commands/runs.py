@@ -1,0 +1,88 @@
+"""`replivit run` and `replivit schema`: one experiment, and the form of what is recorded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from replivit.cli.commands.measure import parse_options
+from replivit.cli.console import err, out
+
+if TYPE_CHECKING:
+    from harness.experiment import ExperimentResult
+
+OUTCOME_COLOURS = {"reproduced": "green", "deviates": "yellow", "not measured": "dim"}
+
+
+def register(app: typer.Typer) -> None:
+    app.command("run")(run)
+    app.command("schema")(schema)
+
+
+def run(
+    name: Annotated[str, typer.Argument(help="PAPER/EXPERIMENT, as `replivit list` names it.")],
+    scale: Annotated[
+        str, typer.Option(help="small: minutes on a laptop; other scales as the experiment says.")
+    ] = "small",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value, an option of the experiment; may be repeated."),
+    ] = None,
+) -> None:
+    """Rerun one table or figure of a paper: rows, findings, and the figures' files.
+
+    Example: replivit run efficientformer_v2/stride_attention --scale small
+
+    The result is recorded, and stands on the paper's page of the leaderboard.
+    """
+    from harness import experiment
+
+    print_experiment(experiment.run(name, scale=scale, **parse_options(set_ or [])))
+
+
+def print_experiment(result: ExperimentResult) -> None:
+    """An experiment's result as tables."""
+    if result.rows:
+        out.print(rows_table(f"{result.title} ({result.name}, scale {result.scale})", result.rows))
+    if result.published:
+        out.print(rows_table("As the paper prints it", result.published))
+    for finding in result.findings:
+        colour = OUTCOME_COLOURS[finding.outcome]
+        out.print(f"[{colour}]{finding.outcome}[/{colour}]: {escape(finding.claim)}")
+        out.print(f"  {escape(finding.evidence)}")
+    if result.notes:
+        out.print(escape(result.notes))
+    for path in result.figure_files:
+        err.print(f"figure: {path}", markup=False, soft_wrap=True)
+
+
+def rows_table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Plain dictionaries as a table; numbers to the right, with four significant digits."""
+    table = Table(title=escape(title), title_justify="left", box=None, header_style="bold")
+    for key in rows[0]:
+        number = isinstance(rows[0][key], int | float)
+        table.add_column(escape(str(key)), justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(_text(row.get(key))) for key in rows[0]))
+    return table
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
+def schema() -> None:
+    """Print the JSON Schema of a record line, for programs in other languages.
+
+    Example: replivit schema > record.schema.json
+    """
+    import json
+
+    from harness.record import records_schema
+
+    typer.echo(json.dumps(records_schema(), indent=2))

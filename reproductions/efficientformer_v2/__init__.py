@@ -1,0 +1,1 @@
+"""EfficientFormerV2: MobileNet-sized and MobileNet-fast vision transformers."""

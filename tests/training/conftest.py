@@ -1,0 +1,122 @@
+"""A toy data set that can be learned in seconds, a toy model, and a toy paper."""
+
+from __future__ import annotations
+
+import io
+import sys
+from importlib import metadata
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from harness import registry
+
+SIDE, CLASSES = 16, 4
+COUNTS = {"train": 96, "test": 40}
+
+PAPER = """\
+key: toy
+title: A toy
+authors: [A. Author]
+venue: Nowhere
+year: 2024
+summary: Small.
+variants:
+  toy_net:
+    build: "model:toy_net"
+    track: fashion_mini
+    image_size: 16
+    num_classes: 4
+  toy_recipe:
+    build: "model:toy_net"
+    track: fashion_mini
+    recipe: own
+"""
+MODEL = """\
+from torch import nn
+
+
+class ToyNet(nn.Sequential):
+    def __init__(self, num_classes, image_size, width, drop_path_rate):
+        side = image_size // 4
+        super().__init__(nn.Conv2d(3, width, 4, 4), nn.GELU(), nn.Flatten(), nn.Dropout(0.1),
+                         nn.Linear(width * side**2, num_classes))
+        self.num_classes = num_classes
+
+
+def toy_net(num_classes, image_size, width=8, drop_path_rate=0.0):
+    return ToyNet(num_classes, image_size, width, drop_path_rate)
+"""
+
+
+def picture(rng: np.random.Generator, label: int) -> bytes:
+    """Noise with one bright band: the label is its height, which no flip changes."""
+    pixels = rng.integers(0, 120, (SIDE, SIDE, 3), dtype=np.uint8)
+    band = SIDE // CLASSES
+    pixels[label * band : (label + 1) * band] += 120
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory) -> str:
+    """A folder with train.parquet and test.parquet."""
+    folder = tmp_path_factory.mktemp("toy_data")
+    rng = np.random.default_rng(0)
+    for split, count in COUNTS.items():
+        labels = np.arange(count) % CLASSES
+        images = [{"bytes": picture(rng, int(label))} for label in labels]
+        pd.DataFrame({"image": images, "label": labels}).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+class Net(nn.Module):
+    """A convolution, a norm with buffers, dropout, a classifier."""
+
+    num_classes = CLASSES
+
+    def __init__(self, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.norm = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(8 * (SIDE // 4) ** 2, CLASSES)
+
+    def forward(self, images):
+        return self.head(self.drop(self.norm(self.stem(images)).relu().flatten(1)))
+
+
+@pytest.fixture
+def net():
+    """`net()` gives the same untrained model every time."""
+
+    def make(dropout: float = 0.2, seed: int = 0) -> Net:
+        torch.manual_seed(seed)
+        return Net(dropout)
+
+    return make
+
+
+@pytest.fixture
+def toy_paper(tmp_path, monkeypatch):
+    """The paper `toy`, declared by an entry point; returns its directory."""
+    directory = tmp_path / "outside" / "toy"
+    (directory / "recipes").mkdir(parents=True)
+    (directory.parent / "__init__.py").write_text("")
+    (directory / "__init__.py").write_text("")
+    (directory / "paper.yaml").write_text(PAPER)
+    (directory / "model.py").write_text(MODEL)
+    (directory / "recipes" / "own.yaml").write_text("extends: deit_imagenet\nlr: 7.0e-3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    point = metadata.EntryPoint("outside", "outside", registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry.metadata, "entry_points", lambda group: [point])
+    registry.refresh()
+    yield directory
+    registry.refresh()
+    for name in ("outside", "outside.toy", "outside.toy.model"):
+        sys.modules.pop(name, None)
