@@ -96,7 +96,7 @@ ARCHITECTURES = {
     ),
     # ours, for 32x32 images: every ingredient, on maps of 16, 8, 4 and 2 pixels
     "micro": Architecture(
-        (1, 2, 3, 2), (32, 48, 80, 112), ((4,), (4, 3), (4, 3, 4), (3, 3)), (1, 1),
+        (1, 2, 3, 2), (32, 48, 80, 112), ((3,), (4, 3), (4, 3, 4), (3, 3)), (1, 1),
         num_heads=4, key_dim=16, attn_ratio=2, stem_stride=2,
     ),
 }  # fmt: skip
@@ -120,9 +120,9 @@ class Stage(nn.Module):
 class EfficientFormerV2(nn.Module):
     """`(B, 3, H, W) -> (B, num_classes)`.
 
-    There are two classifiers, one for labels and one for a teacher's decisions; the output is
-    their mean. After `set_distilled_training(True)` training mode returns both, as the authors'
-    code always does.
+    There are two classifiers, one for labels and one for a teacher's decisions. In evaluation mode
+    the output is their mean; in training mode it is the pair, unless
+    `set_distilled_training(False)` was called.
 
     Args:
         architecture: depths, widths and expansions.
@@ -153,7 +153,7 @@ class EfficientFormerV2(nn.Module):
         self.image_size = self._checked(image_size)
         self.num_classes = num_classes
         self.distillation = distillation
-        self.distilled_training = False
+        self.distilled_training = True
         self.num_features = self.head_hidden_size = architecture.widths[-1]
         arch = architecture
 
@@ -220,7 +220,7 @@ class EfficientFormerV2(nn.Module):
         return (self.head, self.head_dist) if self.distillation else (self.head,)
 
     def set_distilled_training(self, enable: bool = True) -> None:
-        """Whether training mode returns both classifiers' outputs instead of their mean."""
+        """Whether training mode returns both classifiers' outputs, or their mean."""
         self.distilled_training = enable
 
     def _checked_input(self, x: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ class EfficientFormerV2(nn.Module):
         if not self.distillation:
             return self.head(x)
         both = self.head(x), self.head_dist(x)
-        if self.training and self.distilled_training and not torch.jit.is_scripting():
+        if self.training and self.distilled_training:
             return both
         return (both[0] + both[1]) / 2
 

@@ -154,8 +154,8 @@ def build_unit(
 
 #: Small parts, many of them: short blocks, few rounds.
 TABLE_EFFORT = Effort(
-    budget_s=20.0, half_width=0.05, min_rounds=5, max_rounds=15, palindromes=1,
-    block_s=0.003, warm_up_s=0.02, warm_up_limit_s=0.5,
+    budget_s=8.0, half_width=0.05, min_rounds=5, max_rounds=15, palindromes=1,
+    block_s=0.003, warm_up_s=0.02, warm_up_limit_s=0.2,
 )  # fmt: skip
 
 

@@ -1,0 +1,397 @@
+"""The joint search, run to its end: supernet, cost table, greedy walk, and two opponents."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from harness import Conditions, ExperimentResult, Finding, ReplivitError, deploy
+from harness.data import AugmentedDataset, ImageDataset, create_transform, get_track, load_split
+from harness.evaluation import bits_of
+from harness.measurement.latency import Effort
+from harness.statistics import bootstrap_interval, mcnemar
+from harness.training import train
+from reproductions.efficientformer_v2.model import Architecture, EfficientFormerV2
+from reproductions.efficientformer_v2.search import (
+    Cost,
+    CostTable,
+    MobileEfficiency,
+    Step,
+    greedy_search,
+    scaled_widths,
+    time_on_one_thread,
+)
+from reproductions.efficientformer_v2.supernet import SandwichRule, SearchSpace, Subnet, Supernet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A scale of the experiment; every field is an option of it.
+
+    Attributes:
+        track, image_size: data and input side in pixels.
+        supernet_epochs, final_epochs: training length of the supernet and of the final networks.
+        seeds: of the final trainings.
+        target: latency of the network searched for, as a part of the supernet's.
+        search_images: images of the test split that steer the search; the others judge.
+        random_subnets: how many random sub-networks the walk is compared with.
+        latency_batch: images per call when latency is measured.
+        layer_scale_init: 1e-5 in the paper; a short training needs branches that can be felt.
+    """
+
+    space: SearchSpace
+    track: str
+    image_size: int
+    supernet_epochs: int
+    final_epochs: int
+    seeds: tuple[int, ...] = (0,)
+    target: float = 0.5
+    search_images: int = 1000
+    random_subnets: int = 40
+    latency_batch: int = 1
+    batch_size: int | None = None
+    layer_scale_init: float = 1e-5
+    device: str = "cpu"
+    root: str | None = None
+
+
+SCALES = {
+    "small": Settings(
+        SearchSpace(
+            widths=((16, 32), (32, 48), (48, 64, 80), (64, 80, 96)), depths=(2, 2, 3, 3),
+            num_heads=4, key_dim=16, attn_ratio=2, stem_stride=2,
+        ),
+        track="fashion_mini", image_size=32, supernet_epochs=4, final_epochs=4,
+        latency_batch=32, layer_scale_init=0.1,
+    ),
+    # the size of the paper's search; its exact space is not published, this one is ours
+    "paper": Settings(
+        SearchSpace(
+            widths=((32, 48), (48, 64, 80), (96, 128, 160, 192), (176, 224, 288, 384)),
+            depths=(5, 5, 15, 10),
+        ),
+        track="imagenet", image_size=224, supernet_epochs=300, final_epochs=300, target=0.35,
+        search_images=10_000, device="cuda",
+    ),
+}  # fmt: skip
+
+
+def search(scale: str = "small", seed: int = 0, **options: Any) -> ExperimentResult:
+    """Train a supernet, shrink it by min dAccuracy / dMES, and judge what is found.
+
+    The walk is compared with random sub-networks (with the supernet's weights, in the plane of
+    accuracy and Mobile Efficiency Score), and its last network with the supernet scaled uniformly
+    in width to equal measured latency, both trained from scratch alike.
+
+    Args:
+        scale: `small` (fashion_mini, minutes on a CPU) or `paper` (ImageNet, a GPU).
+        seed: of the supernet's training and of the random sub-networks.
+        options: fields of `Settings`: `track`, `image_size`, `supernet_epochs`, `final_epochs`,
+            `seeds`, `target`, `search_images`, `random_subnets`, `latency_batch`, `batch_size`,
+            `layer_scale_init`, `device`, `root`, `space`.
+    """
+    settings = _settings(scale, options)
+    images = _Images(settings)
+    supernet = _train_supernet(settings, seed, images.num_classes)
+    table = CostTable.measure(
+        settings.space, settings.image_size, images.num_classes,
+        batch_size=settings.latency_batch, device=settings.device,
+    )  # fmt: skip
+    whole = table.cost(settings.space.architecture(settings.space.uniform("largest")))
+    score = MobileEfficiency(unit=whole)
+    target = Cost(whole.params, settings.target * whole.latency)
+    steps = greedy_search(
+        settings.space, table, score, lambda one: images.accuracy(supernet, one, "search"), target
+    )
+    walk = _walk_rows(settings.space, steps, images, supernet)
+    randoms = _random_rows(settings, seed, images, supernet, table, score, walk[-1]["mes"])
+    duel = _duel(settings, settings.space.architecture(steps[-1].subnet), images)
+    rows = [*walk, *randoms, *duel.rows]
+    return ExperimentResult(
+        rows=rows,
+        findings=[_step_finding(walk), _random_finding(walk, randoms), _scaling_finding(duel)],
+        figures={"search": _figure(rows)},
+        notes=_notes(settings, steps, table),
+        conditions=Conditions(
+            device=settings.device, threads=torch.get_num_threads(), track=settings.track,
+            image_size=settings.image_size, batch_size=settings.latency_batch, seed=seed,
+        ),
+    )  # fmt: skip
+
+
+def _settings(scale: str, options: dict[str, Any]) -> Settings:
+    if scale not in SCALES:
+        raise ReplivitError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
+    known = [one.name for one in fields(Settings)]
+    for name in options:
+        if name not in known:
+            raise ReplivitError(
+                f"the search takes no option {name!r}; it takes: {', '.join(known)}"
+            )
+    if isinstance(options.get("space"), dict):
+        options["space"] = SearchSpace(**options["space"])
+    if isinstance(options.get("seeds"), int):
+        options["seeds"] = (options["seeds"],)
+    settings = replace(SCALES[scale], **options)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ReplivitError("no CUDA device is available; say device=cpu, or use scale small")
+    if not 0 < settings.target < 1:
+        raise ReplivitError("target is a part of the supernet's latency, between 0 and 1")
+    return settings
+
+
+class _Images:
+    """The test split in two parts: images that steer the search, and images that judge."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.data: ImageDataset = load_split(settings.track, "test", root=settings.root)
+        self.num_classes = len(self.data.classes)
+        every = max(2, len(self.data) // settings.search_images)
+        self.steering = np.zeros(len(self.data), dtype=bool)
+        self.steering[::every] = True
+        self.parts = {
+            "search": self._batches(np.flatnonzero(self.steering)),
+            "judge": self._batches(np.flatnonzero(~self.steering)),
+        }
+
+    def _batches(self, indices: np.ndarray) -> DataLoader | list:
+        spec = get_track(self.settings.track).input
+        transform = create_transform(spec, self.settings.image_size)
+        data = Subset(AugmentedDataset(self.data, transform, seed=0), indices.tolist())
+        if self.settings.image_size > 64:  # too large to keep
+            return DataLoader(data, batch_size=256, num_workers=8)
+        return list(DataLoader(data, batch_size=250))
+
+    @torch.inference_mode()
+    def accuracy(self, supernet: Supernet, subnet: Subnet, part: str) -> float:
+        """Top-1 in % of a sub-network with the supernet's weights."""
+        supernet.eval().select(subnet)
+        device = next(supernet.parameters()).device
+        right = total = 0
+        for batch, labels in self.parts[part]:
+            found = supernet(batch.to(device)).argmax(dim=1).cpu()
+            right, total = right + int((found == labels).sum()), total + len(labels)
+        return 100 * right / total
+
+
+def _recipe(settings: Settings) -> dict[str, Any]:
+    return {"batch_size": settings.batch_size} if settings.batch_size else {}
+
+
+def _train_supernet(settings: Settings, seed: int, num_classes: int) -> Supernet:
+    torch.manual_seed(seed)
+    supernet = Supernet(
+        settings.space, num_classes, settings.image_size,
+        layer_scale_init=settings.layer_scale_init,
+    )  # fmt: skip
+    trained = train(
+        supernet, settings.track, _recipe(settings), seed, objective=SandwichRule(),
+        epochs=settings.supernet_epochs, device=settings.device, root=settings.root,
+        image_size=settings.image_size, name="efficientformer_v2_supernet", evaluate=False,
+    )  # fmt: skip
+    return trained.model
+
+
+def _row(what: str, cost: Cost, architecture: Architecture, **columns: Any) -> dict[str, Any]:
+    """One row of the table; columns that do not apply are None."""
+    return {
+        "what": what, "action": None, "mes": None, "top1_search": None, "top1_shared": None,
+        "top1_scratch": None, "params": int(cost.params), "ms": round(1e3 * cost.latency, 4),
+        "widths": list(architecture.widths), "depths": list(architecture.depths),
+        "expansions": [list(one) for one in architecture.expansions],
+        "attention": list(architecture.attention_blocks),
+    } | columns  # fmt: skip
+
+
+def _walk_rows(
+    space: SearchSpace, steps: list[Step], images: _Images, supernet: Supernet
+) -> list[dict[str, Any]]:
+    return [
+        _row(
+            "walk", step.cost, space.architecture(step.subnet),
+            action=str(step.action or "supernet"), mes=step.mes, top1_search=step.accuracy,
+            top1_shared=images.accuracy(supernet, step.subnet, "judge"),
+        )
+        for step in steps
+    ]  # fmt: skip
+
+
+def _random_rows(
+    settings: Settings, seed: int, images: _Images, supernet: Supernet, cost: CostTable,
+    score: MobileEfficiency, highest: float,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Random sub-networks that score between the supernet and the walk's end."""
+    rng, rows = random.Random(seed), []
+    for _ in range(1000 * settings.random_subnets):
+        subnet = settings.space.sample(rng)
+        architecture = settings.space.architecture(subnet)
+        price = cost.cost(architecture)
+        if score(price) <= highest:
+            reached = images.accuracy(supernet, subnet, "judge")
+            rows.append(_row("random", price, architecture, mes=score(price), top1_shared=reached))
+            if len(rows) == settings.random_subnets:
+                break
+    return rows
+
+
+# ---- the found network against uniform scaling ---------------------------------------------------
+
+
+def _equally_fast(
+    settings: Settings, found: Architecture, num_classes: int
+) -> tuple[Architecture, dict[str, float]]:
+    """The supernet, scaled in width to the latency of `found`; and the seconds of both.
+
+    All candidates are timed in their deployment form, interleaved; the nearest one is taken.
+    """
+    largest = settings.space.architecture(settings.space.uniform("largest"))
+    factors = np.arange(0.2, 1.0, 0.05)
+    scaled = dict.fromkeys(scaled_widths(largest, float(factor)) for factor in factors)
+    networks = {"found": found} | {f"uniform{i}": one for i, one in enumerate(scaled)}
+    images = torch.randn(
+        settings.latency_batch, 3, settings.image_size, settings.image_size, device=settings.device
+    )
+    calls = {}
+    for name, architecture in networks.items():
+        model = EfficientFormerV2(
+            architecture, num_classes, settings.image_size, distillation=False
+        )
+        form = deploy(model, settings.image_size).to(settings.device)
+        calls[name] = partial(form, images)
+    effort = Effort(
+        budget_s=10.0, half_width=0.05, min_rounds=5, palindromes=1, warm_up_s=0.1,
+        warm_up_limit_s=0.5,
+    )  # fmt: skip
+    timings = time_on_one_thread(calls, device=settings.device, effort=effort)
+    nearest = min(calls.keys() - {"found"}, key=lambda name: abs(np.log(timings[name].ratio)))
+    return networks[nearest], {
+        "found": timings["found"].median, "uniform": timings[nearest].median,
+        "ratio": timings[nearest].ratio,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Found and uniformly scaled network, trained alike; bits are those of the judging images."""
+
+    rows: list[dict[str, Any]]
+    bits: dict[str, list[np.ndarray]]
+    latency_ratio: float
+
+
+def _duel(settings: Settings, found: Architecture, images: _Images) -> Duel:
+    uniform, seconds = _equally_fast(settings, found, images.num_classes)
+    rows, bits = [], {"found": [], "uniform": []}
+    for name, architecture in {"found": found, "uniform": uniform}.items():
+        for seed in settings.seeds:
+            torch.manual_seed(seed)
+            model = EfficientFormerV2(
+                architecture, images.num_classes, settings.image_size, distillation=False,
+                layer_scale_init=settings.layer_scale_init,
+            )  # fmt: skip
+            params = sum(one.numel() for one in model.parameters())
+            trained = train(
+                model, settings.track, _recipe(settings), seed, epochs=settings.final_epochs,
+                device=settings.device, root=settings.root, image_size=settings.image_size,
+                name=f"efficientformer_v2_{name}",
+            )  # fmt: skip
+            record = next(one for one in trained.records if one.metric == "top1")
+            bits[name].append(bits_of(record)[~images.steering])
+        top1 = 100 * float(np.mean(bits[name]))
+        rows.append(_row(name, Cost(params, seconds[name]), architecture, top1_scratch=top1))
+    return Duel(rows, bits, seconds["ratio"])
+
+
+# ---- what was found ------------------------------------------------------------------------------
+
+
+def _step_finding(rows: list[dict[str, Any]]) -> Finding:
+    scores = [row["mes"] for row in rows]
+    rising = all(low < high for low, high in pairwise(scores))
+    kinds = sorted({row["action"].split()[0] for row in rows[1:]})
+    return Finding(
+        "Small steps of all three kinds lead from the supernet to the target",
+        "reproduced" if rising and kinds == ["A_C", "A_E", "A_N"] else "deviates",
+        f"{len(rows) - 1} steps ({', '.join(kinds)}), score {scores[0]:.0f} to {scores[-1]:.0f}, "
+        f"latency {rows[0]['ms']:.2f} to {rows[-1]['ms']:.2f} ms",
+    )
+
+
+def _random_finding(walk: list[dict[str, Any]], randoms: list[dict[str, Any]]) -> Finding:
+    claim = "The search beats random sub-networks of equal score"
+    if len(randoms) < 2:
+        return Finding(claim, "not measured", "too few random sub-networks score in the range")
+    at = [row["mes"] for row in randoms]
+    usual = np.interp(at, [row["mes"] for row in walk], [row["top1_shared"] for row in walk])
+    gain = usual - [row["top1_shared"] for row in randoms]
+    low, high = bootstrap_interval(gain, statistic=np.mean)
+    return Finding(
+        claim,
+        "reproduced" if low > 0 else "deviates",
+        f"at equal score the walk is {gain.mean():+.1f} points [{low:+.1f}, {high:+.1f}] from "
+        f"{len(randoms)} random sub-networks (shared weights), and above "
+        f"{np.mean(gain > 0):.0%} of them",
+    )
+
+
+def _scaling_finding(duel: Duel) -> Finding:
+    tests = [mcnemar(*pair) for pair in zip(duel.bits["found"], duel.bits["uniform"], strict=True)]
+    gain = 100 * np.mean([test.difference for test in tests])
+    low, high = (100 * end for end in tests[0].interval)
+    better = all(test.interval[0] > 0 for test in tests)
+    return Finding(
+        "At equal latency the found network is more accurate than uniform width scaling",
+        "reproduced" if better else "deviates",
+        f"{gain:+.2f} points after equal training ({len(tests)} seeds; the first: [{low:+.2f}, "
+        f"{high:+.2f}], p = {tests[0].p_value:.2g}); uniform / found latency "
+        f"{duel.latency_ratio:.2f}",
+    )
+
+
+def _notes(settings: Settings, steps: list[Step], table: CostTable) -> str:
+    evaluations = sum(step.evaluations for step in steps)
+    return (
+        f"Supernet: {settings.supernet_epochs} epochs with the sandwich rule (4 sub-networks a "
+        f"step); the search evaluated {evaluations} sub-networks on {settings.search_images} test "
+        f"images, all accuracies but `top1_search` are on the others. Scores are relative to the "
+        f"supernet's size and latency (100). Latency: deployment form, batch "
+        f"{settings.latency_batch}, one thread; {table.unsettled} of {len(table.entries)} parts of "
+        f"the table stayed wider than wanted. Found and uniform network: {settings.final_epochs} "
+        f"epochs from scratch, seeds {list(settings.seeds)}."
+    )
+
+
+def _figure(rows: list[dict[str, Any]]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for what, label, style in (
+        ("random", "random sub-networks", {"fmt": "o", "color": "0.65", "ms": 4}),
+        ("walk", "the search", {"fmt": "o-", "color": "C3", "ms": 5}),
+    ):
+        chosen = [row for row in rows if row["what"] == what]
+        form = style.pop("fmt")
+        axes.plot(
+            [row["mes"] for row in chosen], [row["top1_shared"] for row in chosen], form,
+            label=label, **style,
+        )  # fmt: skip
+    axes.set(
+        xlabel="Mobile Efficiency Score (supernet = 100)",
+        ylabel="top-1 with shared weights, %",
+        title="Smaller and faster to the right",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower left")
+    return figure
