@@ -209,9 +209,10 @@ def _fitting_sibling(variant: registry.Variant, official: State) -> str | None:
         if other.name == variant.name:
             continue
         try:
+            state = convert_official(other.name, official)
             with torch.device("meta"):
-                model = registry.build(other.name)
-            if coverage(model, convert_official(other.name, official)).complete:
+                _, found = _build_for(other.name, state, {})
+            if found.complete:
                 return other.name
         except Exception:  # a hint may fail in any way; the error it explains may not be lost
             continue

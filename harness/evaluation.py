@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -90,7 +91,7 @@ def evaluate(
         weights: file to load first.
         dtype: "float32", or "bfloat16" / "float16" for automatic mixed precision.
         image_size: in pixels; the variant's own, or the track's for a foreign module.
-        workers: loader processes; none for images kept in memory, else four.
+        workers: loader processes; none for images kept in memory, else up to four.
         options: overrides of a variant's builder.
         name: what the records call a module that is no variant.
         progress: called with (images done, images in all).
@@ -249,7 +250,7 @@ def model_input(
     if variant := variant_of(model):
         spec = input_spec(variant, track.name if track else None)
         size = model.pretrained_cfg["input_size"][1:]
-    elif hasattr(model, "pretrained_cfg") and (track is None or track.name == "imagenet"):
+    elif hasattr(model, "pretrained_cfg") and (track is None or track.canvas is None):
         spec, size = _timm_input(model)
     else:
         spec = (track or get_track("imagenet")).input
@@ -305,7 +306,8 @@ def _loader(
 ) -> DataLoader:
     transform = create_transform(subject.input, subject.image_size)
     if workers is None:
-        workers = 0 if dataset.pixels is not None else 4
+        few = min(4, os.cpu_count() or 1, len(chosen) // batch_size)
+        workers = 0 if dataset.pixels is not None else few
     return DataLoader(
         Subset(AugmentedDataset(dataset, transform, seed=0), chosen.tolist()),
         batch_size=batch_size,

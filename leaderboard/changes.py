@@ -21,7 +21,7 @@ from harness.errors import ReplivitError
 from harness.record import Record, RecordStore, read_records
 from harness.registry import Paper
 from harness.statistics import mcnemar
-from leaderboard.columns import COLUMNS, show
+from leaderboard.columns import COLUMNS, show, status_words
 from leaderboard.tables import COUNTS, Board, Cell, View, arrange
 
 SIGNIFICANT, MEMORY_STEP = 0.01, 0.05
@@ -203,7 +203,7 @@ def _text(metric: str, cell: Cell | None) -> str:
     if cell is None:
         return "–"
     if cell.value is None:
-        return cell.status
+        return status_words(cell.status)
     column = COLUMNS[metric]
     return f"{show(cell.value / column.scale, 4)} {column.unit}"
 

@@ -78,6 +78,11 @@ COLUMNS: dict[str, Column] = {
 }  # fmt: skip
 
 
+def status_words(status: str) -> str:
+    """A record's status as people write it: "out of memory"."""
+    return status.replace("_", " ")
+
+
 def decimals_for(value: float, digits: int = 3) -> int:
     """Decimals that show `digits` significant digits of `value`, but never cut an integer part."""
     if value == 0:

@@ -6,9 +6,11 @@ import json
 from datetime import datetime, timezone
 from typing import Any
 
-from leaderboard.columns import COLUMNS, show, show_interval
+import pandas as pd
+
+from leaderboard.columns import COLUMNS, show, show_interval, status_words
 from leaderboard.provenance import record_id, remeasure_command, unit_of
-from leaderboard.tables import Board, Cell, Row, View, wide_frame
+from leaderboard.tables import MEMORY, Board, Cell, Row, View, is_timed
 
 SCHEMA_VERSION = 1
 
@@ -16,6 +18,44 @@ SCHEMA_VERSION = 1
 def to_csv(board: Board) -> str:
     """One line per variant, track, machine and setting; numbers in the columns' units."""
     return wide_frame(board).to_csv(index=False)
+
+
+def wide_frame(board: Board) -> pd.DataFrame:
+    """One line per row and view, in the columns' units: what `leaderboard.csv` holds."""
+    lines = []
+    for row in board.rows:
+        views = [view for view in board.views if is_timed(row.speeds.get(view, {}))]
+        for view in views or [None]:
+            line: dict[str, Any] = {
+                "variant": row.name, "paper": row.paper, "family": row.family,
+                "track": row.track, "image_size": row.image_size,
+                "machine": view and view.machine, "device": view and view.device,
+                "batch_size": view and view.batch_size, "threads": view and view.threads,
+                "backend": view and view.backend, "dtype": view and view.dtype,
+            }  # fmt: skip
+            for key, column in COLUMNS.items():
+                name = f"{key}_{_plain(column.unit)}"
+                cell = row.cell(key, view)
+                value = cell.value / column.scale if cell and cell.value is not None else None
+                low, high = cell.interval if cell and cell.interval else (None, None)
+                line[name] = value
+                if column.speed or key == "top1":
+                    line[f"{name}_low"] = None if low is None else low / column.scale
+                    line[f"{name}_high"] = None if high is None else high / column.scale
+                if key in MEMORY:
+                    line[f"{key}_batch_size"] = cell and View.of(cell.record).batch_size
+                line[f"{key}_status"] = cell.status if cell else "not measured"
+                line[f"{key}_reason"] = cell.reason if cell else None
+            top1 = row.fixed.get("top1")
+            line["top1_seeds"] = top1.seeds if top1 else None
+            line["top1_std"] = top1.std if top1 else None
+            line["top1_published"] = row.published_top1
+            lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _plain(unit: str) -> str:
+    return {"%": "percent", "× yardstick": "x_yardstick"}.get(unit, unit)
 
 
 def to_json(board: Board) -> str:
@@ -83,17 +123,17 @@ def cell_text(row: Row, key: str, view: View | None, brief: bool = False) -> str
     """One cell as a short text: "0.91 (0.90–0.93)", "80.2 published", "failed", "–".
 
     Args:
-        brief: without interval, and a published number as "80.2 *".
+        brief: without interval; a published number as "80.2 *", a disturbed one as "0.91 ~".
     """
     column, cell = COLUMNS[key], row.cell(key, view)
     if cell is None:
         printed = row.published_top1 if key == "top1" else None
         return "–" if printed is None else f"{show(printed)} {'*' if brief else 'published'}"
     if cell.value is None:
-        return cell.status
+        return status_words(cell.status)
     value = cell.value / column.scale
     text = show(value)
     if cell.interval and not brief:
         ends = tuple(end / column.scale for end in cell.interval)
         text += f" ({show_interval(value, ends)})"
-    return text if cell.status == "ok" else f"{text} {cell.status}"
+    return text if cell.status == "ok" else f"{text} {'~' if brief else cell.status}"

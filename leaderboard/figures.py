@@ -56,7 +56,11 @@ def all_figures(board: Board) -> dict[str, Figure]:
             figures[f"params_vs_latency_{track}"] = scatter(rows, "params", "latency", view, track)
             figures[f"time_ratio_{track}"] = ratio_bars(rows, view)
             figures[f"eager_vs_deploy_{track}"] = eager_vs_deploy(rows, view)
-    return {name: figure for name, figure in figures.items() if figure is not None}
+    found = {name: figure for name, figure in figures.items() if figure is not None}
+    for figure in found.values():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # settled: each file saved would lay it out again
+    return found
 
 
 def style_of(family: str) -> tuple[str, str]:
@@ -92,7 +96,8 @@ def scatter(rows: Sequence[Row], x: str, y: str, view: View | None, track: str) 
             markerfacecolor="white" if hollow else colour,
         )  # fmt: skip
     front = sorted((vx, vy) for _, (vx, *_), (vy, *_), chance in found if chance >= 0.5)
-    axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, linestyle="--", zorder=1)
+    steps = {"drawstyle": "steps-post", "linestyle": "--", "linewidth": 1, "color": "#999999"}
+    axes.plot(*zip(*front, strict=True), **steps, zorder=1)
     axes.set_xscale("log")
     if not COLUMNS[y].larger_is_better:
         axes.set_yscale("log")

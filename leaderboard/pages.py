@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from harness.environment import home
-from harness.record import Record, read_records
-from harness.registry import Paper
-from leaderboard.columns import COLUMNS, show, show_interval
+from harness.record import Record
+from leaderboard.columns import COLUMNS, show, show_interval, status_words
 from leaderboard.fronts import all_fronts
-from leaderboard.lessons import picture_uri
 from leaderboard.provenance import facts, record_id, remeasure_command
-from leaderboard.tables import COUNTS, MEMORY, SPEEDS, Board, Cell, Row, View
+from leaderboard.tables import MEMORY, Board, Cell, Row, View
 from leaderboard.verdicts import Verdict
 
 OUTCOMES = ("reproduced", "deviates", "not measured")
-STATUS_WORDS = {"out_of_memory": "out of memory"}
 LEAST_SEEDS = 3
 
 
@@ -47,7 +42,7 @@ class Provenance:
 
 def cell_note(cell: Cell) -> tuple[str, str]:
     """The mark beside a number, and the sentence behind it; two empty texts where all is well."""
-    word = STATUS_WORDS.get(cell.status, cell.status)
+    word = status_words(cell.status)
     if cell.value is None:
         return "", cell.reason or word
     notes, marks = [], []
@@ -79,7 +74,7 @@ def shown_cell(row: Row, key: str, view: View | None, provenance: Provenance) ->
         }  # fmt: skip
     mark, why = cell_note(cell)
     found: dict[str, Any] = {
-        "v": None, "text": STATUS_WORDS.get(cell.status, cell.status), "interval": "",
+        "v": None, "text": status_words(cell.status), "interval": "",
         "status": cell.status, "mark": mark, "why": why, "published": False,
         "records": [provenance.add(one) for one in (*cell.records, *cell.also)],
     }  # fmt: skip
@@ -148,28 +143,23 @@ def _rounded(value: float | None) -> float | None:
 def headlines(board: Board, ledgers: dict[str, list[Verdict]]) -> list[str]:
     """One to three sentences that say what a hurried reader came for."""
     lines, view = [], board.default_view
-    if view:
-        timed = [
-            (cell.value, row.name, show_interval(cell.value, cell.interval))
-            for row in {row.name: row for row in board.rows}.values()
-            if (cell := row.cell("latency_ratio", view)) and cell.status == "ok"
-            if row.image_size == 224
-        ]
-        if timed:
-            value, name, ends = min(timed)
-            lines.append(
-                f"Fastest at 224 pixels on {view.machine} ({view.setting}): {name}, "
-                f"{show(value)} of the yardstick's time{f' ({ends})' if ends else ''}."
-            )
+    timed = {
+        row.name: cell
+        for row in board.rows
+        if row.image_size == 224 and (cell := row.cell("latency_ratio", view))
+        if cell.status == "ok"
+    }
+    if timed:
+        where = f"Fastest at 224 pixels on {view.machine} ({view.setting})"
+        lines.append(f"{where}: {_winner(timed, min)} of the yardstick's time.")
     for track in board.tracks:
-        scored = [
-            (row.fixed["top1"].value, row.name)
+        scored = {
+            row.name: cell
             for row in board.rows
-            if row.track == track and row.fixed.get("top1") and row.fixed["top1"].value is not None
-        ]
+            if row.track == track and (cell := row.fixed.get("top1")) and cell.value is not None
+        }
         if scored:
-            value, name = max(scored)
-            lines.append(f"Best top-1 measured here on {track}: {name}, {value:.2f} %.")
+            lines.append(f"Best top-1 measured here on {track}: {_winner(scored, max)} %.")
     counts = count_outcomes(one.outcome for rows in ledgers.values() for one in rows)
     if sum(counts.values()):
         lines.append(
@@ -182,6 +172,20 @@ def headlines(board: Board, ledgers: dict[str, list[Verdict]]) -> list[str]:
             "Nothing is measured yet: run replivit leaderboard, and this page fills itself."
         )
     return lines
+
+
+def _winner(cells: dict[str, Cell], best: Callable) -> str:
+    """The best model with its number, and who cannot be told apart from it."""
+    name = best(cells, key=lambda one: cells[one].value)
+    low, high = cells[name].interval or (cells[name].value, cells[name].value)
+    ties = [
+        other
+        for other, cell in cells.items()
+        if other != name and cell.interval and cell.interval[0] <= high and cell.interval[1] >= low
+    ]
+    tied = f" (not told apart from {', '.join(ties)})" if ties else ""
+    ends = show_interval(cells[name].value, cells[name].interval)
+    return f"{name}{tied}, {show(cells[name].value)}{f' ({ends})' if ends else ''}"
 
 
 def count_outcomes(outcomes: Iterable[str]) -> dict[str, int]:
@@ -212,178 +216,7 @@ def _ratio_text(cell: Cell | None) -> str:
     if cell is None:
         return "–"
     if cell.value is None:
-        return STATUS_WORDS.get(cell.status, cell.status)
+        return status_words(cell.status)
     ends = show_interval(cell.value, cell.interval)
     mark = "" if cell.status == "ok" else f" {cell.status}"
     return f"{show(cell.value)}{f' ({ends})' if ends else ''}{mark}"
-
-
-# --- a paper's page --------------------------------------------------------------------------
-
-
-def ledger_rows(verdicts: list[Verdict]) -> list[dict[str, Any]]:
-    """The claims ledger as texts."""
-    rows = []
-    for one in verdicts:
-        printed = one.published
-        mark, _ = cell_note(one.cell) if one.cell and one.cell.value is not None else ("", "")
-        rows.append(
-            {
-                "variant": printed.variant, "of": printed.of, "metric": printed.metric,
-                "value": _any_value(printed.value), "unit": printed.unit,
-                "conditions": printed.conditions, "source": printed.source, "seen": printed.seen,
-                "against": one.against, "outcome": one.outcome, "reason": one.reason,
-                "measured": None if one.measured is None else f"{one.measured:,.6g}",
-                "interval": _interval(one), "mark": mark, "command": one.command,
-                "status": one.cell.status if one.cell else "ok",
-            }
-        )  # fmt: skip
-    return rows
-
-
-def _interval(verdict: Verdict) -> str:
-    return show_interval(verdict.measured, verdict.interval) if verdict.interval else ""
-
-
-def _any_value(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(f"{one:g}" for one in value)
-    return str(value)
-
-
-def experiment_sections(paper: Paper, board: Board) -> list[dict[str, Any]]:
-    """Every experiment of a paper with its newest record, or a note that it has not been run."""
-    newest = {
-        record.variant: record for record in board.records if record.metric == "experiment"
-    }  # records are in order of time
-    sections = []
-    for name, spec in paper.facts.experiments.items():
-        full = f"{paper.key}/{name}"
-        record = newest.get(full)
-        section = {
-            "anchor": name, "title": spec.title, "reproduces": spec.reproduces, "record": record,
-            "command": remeasure_command(record) if record else f"replivit run {full}",
-            "findings": [], "rows": [], "published": [], "pictures": [], "notes": "",
-        }  # fmt: skip
-        if record:
-            detail = record.detail
-            section |= {
-                "scale": detail.get("scale", ""),
-                "notes": str(detail.get("notes", "")),
-                "findings": [
-                    {key: str(row.get(key, "")) for key in ("claim", "outcome", "evidence")}
-                    for row in _dictionaries(detail.get("findings"))
-                ],
-                "rows": [_readable(row) for row in _dictionaries(detail.get("rows"))],
-                "published": [_readable(row) for row in _dictionaries(detail.get("published"))],
-                "pictures": _pictures(detail.get("figures", []), spec.title),
-                "facts": facts(record),
-            }
-        sections.append(section)
-    return sections
-
-
-def _dictionaries(rows: Any) -> list[dict]:
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-
-
-def _readable(row: dict[str, Any]) -> dict[str, str]:
-    def text(value: Any) -> str:
-        if isinstance(value, float):
-            return show(value, 4) if math.isfinite(value) else str(value)
-        return "" if value is None else str(value)
-
-    return {str(key): text(value) for key, value in row.items()}
-
-
-def _pictures(paths: Any, title: str) -> list[dict[str, str]]:
-    """An experiment's figures, inlined; SVG where both forms exist. Only files below home()."""
-    chosen: dict[str, str] = {}
-    for path in paths if isinstance(paths, list) else []:
-        stem, _, suffix = str(path).rpartition(".")
-        if stem not in chosen or suffix == "svg":
-            chosen[stem] = str(path)
-    found = []
-    for stem, path in chosen.items():
-        uri = picture_uri(home() / path, home())
-        if uri:
-            found.append({"uri": uri, "alt": f"{title}: {stem.rpartition('/')[2]}"})
-    return found
-
-
-def measurement_rows(paper: Paper, board: Board) -> list[dict[str, str]]:
-    """Every cell of a paper's variants as one flat table with its provenance."""
-    rows, seen = [], set()
-    for row in board.rows:
-        if row.paper != paper.key:
-            continue
-        cells = list(row.fixed.values())
-        cells += [one for view in sorted(row.speeds) for one in row.speeds[view].values()]
-        for cell in cells:
-            key = tuple(record_id(one) for one in cell.records)
-            if key not in seen:
-                seen.add(key)
-                rows.append(_measurement(row, cell))
-    return rows
-
-
-def _measurement(row: Row, cell: Cell) -> dict[str, str]:
-    column = COLUMNS.get(cell.metric)
-    scale, unit = (column.scale, column.unit) if column else (1.0, cell.record.unit)
-    mark, why = cell_note(cell)
-    if cell.value is None:
-        number = f"{STATUS_WORDS.get(cell.status, cell.status)}: {why}"
-    elif cell.metric in COUNTS:
-        number = f"{cell.value:,}"
-        unit = ""
-    else:
-        number = show(cell.value / scale, 4)
-        if cell.interval:
-            ends = tuple(end / scale for end in cell.interval)
-            number += f" ({show_interval(cell.value / scale, ends, 4)})"
-    record = cell.record
-    commit = (record.environment.commit or "–")[:10]
-    bound = cell.metric in SPEEDS
-    return {
-        "variant": row.name,
-        "metric": cell.metric,
-        "value": f"{number} {unit}".strip(),
-        "remark": mark if cell.value is not None else "",
-        "where": f"{record.environment.machine}; {View.of(record).setting}" if bound else row.track
-        if cell.metric in ("top1", "top5") else "any machine",
-        "weights": (record.conditions.weights_sha256 or "–")[:12],
-        "seed": ", ".join(str(one.conditions.seed) for one in cell.records if cell.seeds) or "–",
-        "commit": commit + ("*" if record.environment.dirty else ""),
-        "measured": f"{record.started:%Y-%m-%d}",
-        "measure again": remeasure_command(record),
-    }  # fmt: skip
-
-
-def weight_rows(paper: Paper, board: Board) -> list[dict[str, str]]:
-    """Shipped weights with size, hash and the top-1 that their own records state."""
-    rows = []
-    for name, spec in paper.facts.variants.items():
-        for track, file in spec.weights.items():
-            from harness.checkpoints import file_sha256  # imports torch: only where needed
-
-            path = paper.directory / file
-            if not path.is_file():
-                rows.append({"variant": name, "track": track, "file": f"{file} is missing"})
-                continue
-            digest = file_sha256(path)
-            shipped = path.with_suffix(".records.jsonl")
-            known = [*board.records, *(read_records(shipped) if shipped.is_file() else [])]
-            scores = [
-                record
-                for record in known
-                if record.metric == "top1" and record.conditions.weights_sha256 == digest
-                if record.measured and not record.conditions.options
-            ]
-            top1 = f"{scores[-1].value:.2f} %" if scores else "not measured yet"
-            rows.append(
-                {
-                    "variant": name, "track": track, "file": file, "top-1": top1,
-                    "size": f"{path.stat().st_size / 2**20:.2f} MiB", "SHA-256": digest,
-                }
-            )  # fmt: skip
-    return rows

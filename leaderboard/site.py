@@ -17,7 +17,7 @@ from harness.errors import ReplivitError
 from harness.experiment import save_figures
 from harness.record import RecordStore
 from harness.registry import Paper
-from leaderboard import pages
+from leaderboard import pages, paper_pages
 from leaderboard.changes import Comparison, compare_boards, describe, load_old
 from leaderboard.export import to_csv, to_json, to_markdown
 from leaderboard.figures import STYLES, all_figures
@@ -138,14 +138,14 @@ def _index_context(site: SitePaths, papers: list[Paper]) -> dict[str, Any]:
     view = board.default_view
     listed = []
     for paper in papers:
-        sections = pages.experiment_sections(paper, board)
+        sections = paper_pages.experiment_sections(paper, board)
         found = [row["outcome"] for section in sections for row in section["findings"]]
         listed.append(
             {
                 "title": paper.facts.title, "venue": paper.facts.venue, "year": paper.facts.year,
-                "page": addresses[paper.key], "experiments": bool(sections),
+                "page": addresses[paper.key], "experiments": "not run yet" if sections else "–",
                 "verdicts": pages.count_outcomes(one.outcome for one in site.ledgers[paper.key]),
-                "findings": pages.count_outcomes(found),
+                "findings": pages.count_outcomes(found) if found else None,
             }
         )  # fmt: skip
     rows = board.rows
@@ -187,22 +187,24 @@ def _paper_context(
     paper: Paper, board: Board, verdicts: list[Verdict], site: SitePaths
 ) -> dict[str, Any]:
     facts = paper.facts
-    sections = pages.experiment_sections(paper, board)
+    sections = paper_pages.experiment_sections(paper, board)
     found = [row["outcome"] for section in sections for row in section["findings"]]
     readme = paper.directory / "README.md"
     lesson = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     addresses = {key: path.name for key, path in site.papers.items()}
+    rows = paper_pages.ledger_rows(verdicts)
     return {
         "paper": paper,
         "facts": facts,
         "code_link": _web(facts.code.url) if facts.code else None,
         "official": [{**one.model_dump(), "link": _web(one.url)} for one in facts.official_weights],
         "experiments": sections,
-        "findings": pages.count_outcomes(found),
-        "ledger": pages.ledger_rows(verdicts),
+        "findings": pages.count_outcomes(found) if found else None,
+        "compared": [row for row in rows if row["outcome"] != "not measured"],
+        "untested": [row for row in rows if row["outcome"] == "not measured"],
         "counts": pages.count_outcomes(one.outcome for one in verdicts),
-        "measurements": pages.measurement_rows(paper, board),
-        "weights": pages.weight_rows(paper, board),
+        "measurements": paper_pages.measurement_rows(paper, board),
+        "weights": paper_pages.weight_rows(paper, board),
         "lesson": Markup(render_lesson(lesson, paper.directory, addresses)),
     }
 

@@ -13,14 +13,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
 
 from harness.record import Record, RecordStore, read_records
 from harness.registry import Paper, Variant
 from harness.statistics import mean_std
-from leaderboard.columns import COLUMNS, Interval
+from leaderboard.columns import Interval
 
 COUNTS = ("params", "params_trainable", "params_paper", "macs", "macs_fvcore", "macs_paper")
 ACCURACIES = ("top1", "top5")
@@ -316,14 +313,15 @@ def arrange(records: list[Record], papers: list[Paper], notices: list[str]) -> B
                 if (same := [r for r in mine if (r.metric, r.conditions.track) == (metric, track)])
             }
             rows.append(Row(name, track, variant, {**fixed, **accuracies}, speeds))
-    views = sorted({view for row in rows for view in row.speeds if _is_timed(row.speeds[view])})
+    views = sorted({view for row in rows for view in row.speeds if is_timed(row.speeds[view])})
     board = Board(rows, views, papers, records, notices)
     tracks, view = board.tracks, board.default_view
     board.rows.sort(key=lambda row: _place(row, tracks, view))
     return board
 
 
-def _is_timed(cells: dict[str, Cell]) -> bool:
+def is_timed(cells: dict[str, Cell]) -> bool:
+    """Whether a setting's cells hold a time, and not memory alone."""
     return any(metric in cells for metric in TIMES)
 
 
@@ -352,41 +350,3 @@ def _speeds(records: list[Record]) -> dict[View, dict[str, Cell]]:
     for (view, metric), same in grouped.items():
         speeds[view][metric] = pick(same)
     return dict(speeds)
-
-
-def wide_frame(board: Board) -> pd.DataFrame:
-    """One line per row and view, in the columns' units: what `leaderboard.csv` holds."""
-    lines = []
-    for row in board.rows:
-        views = [view for view in board.views if _is_timed(row.speeds.get(view, {}))]
-        for view in views or [None]:
-            line: dict[str, Any] = {
-                "variant": row.name, "paper": row.paper, "family": row.family,
-                "track": row.track, "image_size": row.image_size,
-                "machine": view and view.machine, "device": view and view.device,
-                "batch_size": view and view.batch_size, "threads": view and view.threads,
-                "backend": view and view.backend, "dtype": view and view.dtype,
-            }  # fmt: skip
-            for key, column in COLUMNS.items():
-                name = f"{key}_{_plain(column.unit)}"
-                cell = row.cell(key, view)
-                value = cell.value / column.scale if cell and cell.value is not None else None
-                low, high = cell.interval if cell and cell.interval else (None, None)
-                line[name] = value
-                if column.speed or key == "top1":
-                    line[f"{name}_low"] = None if low is None else low / column.scale
-                    line[f"{name}_high"] = None if high is None else high / column.scale
-                if key in MEMORY:
-                    line[f"{key}_batch_size"] = cell and View.of(cell.record).batch_size
-                line[f"{key}_status"] = cell.status if cell else "not measured"
-                line[f"{key}_reason"] = cell.reason if cell else None
-            top1 = row.fixed.get("top1")
-            line["top1_seeds"] = top1.seeds if top1 else None
-            line["top1_std"] = top1.std if top1 else None
-            line["top1_published"] = row.published_top1
-            lines.append(line)
-    return pd.DataFrame(lines)
-
-
-def _plain(unit: str) -> str:
-    return {"%": "percent", "× yardstick": "x_yardstick"}.get(unit, unit)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +61,10 @@ def from_official(state):
 
 
 def install_toy_paper(root: Path, monkeypatch) -> Path:
-    """A package with the paper `toy`, declared by an entry point; returns the paper's folder."""
+    """Make `toy` the only paper, in a package of its own; returns its folder.
+
+    Call `registry.refresh()` afterwards.
+    """
     directory = root / "toy_package" / "toy"
     directory.mkdir(parents=True)
     for folder in (directory.parent, directory):
@@ -72,8 +74,8 @@ def install_toy_paper(root: Path, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(root)
     for name in [name for name in sys.modules if name.split(".")[0] == "toy_package"]:
         monkeypatch.delitem(sys.modules, name)
-    point = metadata.EntryPoint("toy", "toy_package", registry.ENTRY_POINTS)
-    monkeypatch.setattr(registry.metadata, "entry_points", lambda group: [point])
+    monkeypatch.setattr(registry, "BUILT_IN", "toy_package")
+    monkeypatch.setattr(registry.metadata, "entry_points", lambda group: [])
     registry.refresh()
     return directory
 

@@ -22,7 +22,8 @@ from harness.data.tracks import HERE, SPLIT_NAMES, TRACKS, Track, get_track
 from harness.errors import ReplivitError, one_line
 
 #: Parquet files up to this size are read into memory; larger ones go through `datasets`' cache.
-IN_MEMORY_BYTES = 2 * 2**30
+IN_MEMORY_BYTES = 2**30
+JPEG = b"\xff\xd8"
 HUB = "hub:"
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
@@ -173,7 +174,7 @@ def _read_parquet(files: list[Path]) -> Any:
 def _parquet_columns(schema: Any, place: str) -> tuple[str, str, list[str] | None]:
     """Image column, label column and class names, from Hugging Face's note or the usual names."""
     note = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(note)["info"]["features"] if note else {}
+    features = json.loads(note).get("info", {}).get("features", {}) if note else {}
     features = {name: one for name, one in features.items() if isinstance(one, dict)}
     kinds = {name: one.get("_type") for name, one in features.items()}
     image, label = _pick_columns(kinds, schema.names, place)
@@ -245,9 +246,7 @@ def _classes(
     """Class names: the file's, which must be the track's in its order; numbers where unnamed."""
     if track is None:
         return names or [str(label) for label in range(int(labels.max(initial=0)) + 1)]
-    # the hub's ImageNet names its classes in words, in the order of the wnids
-    in_words = track.name == "imagenet" and names and not re.match(r"n\d{8}$", names[0])
-    if names and not in_words:
+    if names:
         folders.check_classes(names, track, name)
     return track.classes
 
@@ -261,6 +260,6 @@ def _checked(found: ImageDataset, track: Track) -> ImageDataset:
             f"{found.split}: it is truncated or another data set (name the folder instead of the "
             "track to use it as it is)"
         )
-    if track.name == "cifar10" and found.source.read(0).startswith(b"\xff\xd8"):
-        found.name = f"{track.title} (JPEG re-encoded)"  # the original images are lossless
+    if track.lossless and found.source.read(0).startswith(JPEG):
+        found.name = f"{track.title} (JPEG re-encoded)"
     return found

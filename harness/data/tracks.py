@@ -37,6 +37,8 @@ class Track(Fact):
         image_size: side of the square input, in pixels.
         canvas: side in pixels on which small images are centred (black); such a track is decoded
             once and kept in memory. None for photographs of any size.
+        lossless: whether the original images are; JPEGs in their place are a re-encoded copy, and
+            are named so.
         images: split -> number of images; another count is refused as truncated.
         protocol: fields of the default training recipe.
         folders: names looked for below the data folders.
@@ -52,6 +54,7 @@ class Track(Fact):
     std: tuple[float, float, float]
     interpolation: Literal["bicubic", "bilinear", "nearest"]
     crop_pct: float = Field(gt=0, le=1)
+    lossless: bool = False
     images: dict[str, int]
     splits: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     class_list: tuple[str, ...] | str = Field(alias="classes")
@@ -66,6 +69,13 @@ class Track(Fact):
         if isinstance(self.class_list, str):
             return _timm_classes(self.class_list)
         return self.class_list
+
+    @property
+    def class_words(self) -> tuple[str, ...]:
+        """Descriptions of classes that are named by an identifier; otherwise empty."""
+        if isinstance(self.class_list, str):
+            return _timm_classes(self.class_list, "label_descriptions")
+        return ()
 
     @property
     def num_classes(self) -> int:
@@ -87,10 +97,10 @@ class Track(Fact):
 
 
 @functools.cache
-def _timm_classes(name: str) -> tuple[str, ...]:
+def _timm_classes(name: str, what: str = "label_names") -> tuple[str, ...]:
     from timm.data import ImageNetInfo
 
-    return tuple(ImageNetInfo(name).label_names())
+    return tuple(getattr(ImageNetInfo(name), what)())
 
 
 class _TrackFile(Fact):

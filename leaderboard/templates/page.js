@@ -167,7 +167,7 @@ function scaleOf(key, values, from, to) {
     for (let e = Math.floor(low); e <= high; e++)
       for (const m of steps) ticks.push(m * 10 ** e);
   } else {
-    const raw = (high - low) / 5, unit = 10 ** Math.floor(Math.log10(raw));
+    const raw = (high - low) / 7, unit = 10 ** Math.floor(Math.log10(raw));
     const step = [1, 2, 5, 10].find((m) => m * unit >= raw) * unit;
     for (let v = Math.ceil(low / step) * step; v <= high; v += step) ticks.push(v);
   }
@@ -227,8 +227,10 @@ function drawPlot() {
     px: sx.map(cellOf(row, x).v), py: sy.map(cellOf(row, y).v) }));
   for (const track of new Set(points.map((row) => row.track))) {  // a front joins one track only
     const front = spots.filter((s) => s.p >= 0.5 && s.row.track === track).sort((a, b) => a.px - b.px);
-    if (front.length > 1)
-      draw("polyline", { points: front.map((s) => `${s.px},${s.py}`).join(" "), class: "likely" }, svg);
+    if (front.length < 2) continue;
+    // Steps: between two models nothing better is known than the one within the budget.
+    const steps = front.slice(1).map((s) => (column[x].up ? `V${s.py}H${s.px}` : `H${s.px}V${s.py}`));
+    draw("path", { d: `M${front[0].px},${front[0].py}${steps.join("")}`, class: "likely" }, svg);
   }
   spots.sort((a, b) => a.px - b.px || a.py - b.py);
   spots.forEach((spot, i) => drawPoint(svg, spot, i, spots, sx, sy));

@@ -10,8 +10,8 @@ from leaderboard import build_site
 
 @pytest.fixture(scope="session")
 def case(tmp_path_factory):
-    """Papers and a store: 22 ImageNet and 3 micro models on two machines."""
-    return make_case(tmp_path_factory.mktemp("case"))
+    """Papers and a store: 12 ImageNet and 3 micro models on two machines."""
+    return make_case(tmp_path_factory.mktemp("case"), 12)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,14 @@ from display_case import make_case, make_paper, timing
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from leaderboard.figures import LOOK, all_figures, eager_vs_deploy, place_labels, ratio_bars, scatter
+from leaderboard.figures import (
+    LOOK,
+    all_figures,
+    eager_vs_deploy,
+    place_labels,
+    ratio_bars,
+    scatter,
+)
 from leaderboard.tables import arrange, collect
 
 

@@ -13,7 +13,9 @@ def board_of(tmp_path, records, names="abc", track="imagenet"):
 
 
 def share(board, axes, view=None):
-    return dict(zip((r.name for r in board.rows), probabilities(board.rows, axes, view), strict=True))
+    return dict(
+        zip((r.name for r in board.rows), probabilities(board.rows, axes, view), strict=True)
+    )
 
 
 def test_counts_without_intervals_give_a_certain_front(tmp_path):
@@ -84,6 +86,8 @@ def test_the_page_gets_every_pair_for_every_view(tmp_path):
     assert fronts[1]["params|latency"] == [1.0] and fronts[1]["params|macs"] == [None]
 
 
-@pytest.mark.parametrize("p, word", [(1, "front"), (0.95, "front"), (0.5, "tie"), (0.05, ""), (0, "")])
+@pytest.mark.parametrize(
+    "p, word", [(1, "front"), (0.95, "front"), (0.5, "tie"), (0.05, ""), (0, "")]
+)
 def test_words_for_probabilities(p, word):
     assert standing(p) == word

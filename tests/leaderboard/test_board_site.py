@@ -1,15 +1,21 @@
 """The pages: complete, self-contained, honest about what is missing, and safe."""
 
+import base64
+import hashlib
 import json
 import re
+from datetime import datetime, timezone
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from display_case import make_paper, make_store, record, timing, trained
+from safetensors.numpy import save_file
 
 from harness.errors import ReplivitError
 from harness.registry import Paper
 from leaderboard import build_site
+from leaderboard.columns import show
 
 HOSTILE = "\"'><img src=x onerror=alert(1)><script>alert(2)</script>{{ 7 * 7 }}"
 
@@ -54,10 +60,12 @@ def pages_of(site):
 def test_the_index_has_a_row_per_model_with_its_numbers(site):
     page = Page(site.index)
     rows = [attributes for tag, attributes in page.tags if tag == "tr" and "data-row" in attributes]
-    assert len(rows) == len(site.board.rows) == 25
+    assert len(rows) == len(site.board.rows) == 15
     row = next(row for row in site.board.rows if row.name == "model_cnn_02")
     ratio = row.cell("latency_ratio", site.board.default_view).value
-    assert f"model_cnn_02 cnn, 224 px, imagenet 3.38 0.923 74.6 published {ratio:.3f}" in page.words
+    numbers = f"{show(row.fixed['params'].value / 1e6)} {show(row.fixed['macs'].value / 1e9)}"
+    words = f"model_cnn_02 cnn, 224 px, imagenet {numbers} {row.published_top1} published"
+    assert f"{words} {show(ratio)}" in page.words
     assert "3 seeds ± " in page.words and "1 seed" in page.words
 
 
@@ -92,9 +100,6 @@ def test_no_page_requests_anything(site):
 
 
 def test_the_policy_admits_the_pages_own_script(site):
-    import base64
-    import hashlib
-
     for path in (site.index, *site.papers.values()):
         source = path.read_text(encoding="utf-8")
         (script,) = re.findall(r"<script>(.*?)</script>", source, re.DOTALL)
@@ -121,9 +126,9 @@ def test_a_papers_page_is_a_ledger(site):
     page = Page(site.papers["large"])
     counts = re.search(r"(\d+) reproduced, (\d+) deviates?, (\d+) not measured", page.words)
     outcomes = [one.outcome for one in site.ledgers["large"]]
-    assert int(counts[1]) == outcomes.count("reproduced") > 20
+    assert int(counts[1]) == outcomes.count("reproduced") > 15
     assert int(counts[2]) == outcomes.count("deviates") > 0
-    assert int(counts[3]) == outcomes.count("not measured") >= 44
+    assert int(counts[3]) == outcomes.count("not measured") > 20
     assert "belongs to a device that is not here: iPhone 12" in page.words
     assert "Not run yet." in page.words and "replivit run large/sweep" in page.words
 
@@ -131,7 +136,8 @@ def test_a_papers_page_is_a_ledger(site):
 def experiment_record(**detail):
     detail = {
         "scale": "small", "options": {"rounds": "3"}, "notes": "A note.",
-        "rows": [{"size": 224, "ms": 1.23456, "kind": None}], "published": [{"size": 224, "ms": 1.5}],
+        "rows": [{"size": 224, "ms": 1.23456, "kind": None}],
+        "published": [{"size": 224, "ms": 1.5}],
         "findings": [{"claim": "It is faster", "outcome": "reproduced", "evidence": "2x"}],
         "figures": ["experiments/p/sweep/plot.png", "experiments/p/sweep/plot.svg"], **detail,
     }  # fmt: skip
@@ -168,15 +174,17 @@ def test_experiments_lesson_and_citation_are_on_the_page(tmp_path, home):
 
 
 def test_only_the_newest_run_of_an_experiment_counts(tmp_path, home):
-    old = experiment_record(notes="old").model_copy(update={"started": "2025-01-01T00:00:00Z"})
-    old = type(old).model_validate(old.model_dump())
+    old = experiment_record(notes="old").model_copy(
+        update={"started": datetime(2025, 1, 1, tzinfo=timezone.utc)}
+    )
     store = make_store(tmp_path / "r", [experiment_record(notes="new"), old])
-    words = Page(build_site(store, tmp_path / "s", [paper_with_everything(tmp_path)]).papers["p"]).words
+    words = Page(
+        build_site(store, tmp_path / "s", [paper_with_everything(tmp_path)]).papers["p"]
+    ).words
     assert "new" in words and "old" not in words
 
 
 def test_figures_outside_home_are_not_read(tmp_path, home):
-    home.mkdir()
     (tmp_path / "secret.png").write_bytes(b"secret")
     store = make_store(tmp_path / "r", [experiment_record(figures=["../secret.png", 7])])
     site = build_site(store, tmp_path / "s", [paper_with_everything(tmp_path)])
@@ -184,16 +192,8 @@ def test_figures_outside_home_are_not_read(tmp_path, home):
 
 
 def test_shipped_weights_are_listed_with_their_own_score(tmp_path):
-    from safetensors.numpy import save_file
-
-    paper = make_paper(
-        tmp_path, "p",
-        variants={"p_a": {"build": "m:a", "weights": {"imagenet": "w.safetensors", "cifar10": "no"}}},
-    )  # fmt: skip
-    import hashlib
-
-    import numpy as np
-
+    weights = {"cifar10": "no", "imagenet": "w.safetensors"}
+    paper = make_paper(tmp_path, "p", variants={"p_a": {"build": "m:a", "weights": weights}})
     save_file({"x": np.zeros(3)}, paper.directory / "w.safetensors")
     sha = hashlib.sha256((paper.directory / "w.safetensors").read_bytes()).hexdigest()
     scored = trained("p_a", None, 88.25, track="imagenet", weights_sha256=sha)
@@ -209,9 +209,9 @@ def test_everything_from_files_is_escaped(tmp_path, home):
         "conditions": HOSTILE, "source": HOSTILE, "seen": True, "reason": HOSTILE,
     }  # fmt: skip
     paper = make_paper(
-        tmp_path, "p", title=HOSTILE, authors=[HOSTILE], venue=HOSTILE, summary=HOSTILE, doi=HOSTILE,
-        claims=[HOSTILE], notes=[HOSTILE], conventions={HOSTILE: HOSTILE}, published=[row],
-        code={"url": f"javascript:{HOSTILE}", "license": HOSTILE},
+        tmp_path, "p", title=HOSTILE, authors=[HOSTILE], venue=HOSTILE, summary=HOSTILE,
+        doi=HOSTILE, claims=[HOSTILE], notes=[HOSTILE], conventions={HOSTILE: HOSTILE},
+        published=[row], code={"url": f"javascript:{HOSTILE}", "license": HOSTILE},
         variants={"p_a": {"build": "m:a", "family": HOSTILE, "track": HOSTILE, "summary": HOSTILE}},
         experiments={"sweep": {"run": "e:f", "title": HOSTILE, "reproduces": HOSTILE}},
         official_weights=[{"variant": HOSTILE, "url": f"javascript:{HOSTILE}", "note": HOSTILE}],
@@ -240,7 +240,8 @@ def test_everything_from_files_is_escaped(tmp_path, home):
         scripts = [attributes for tag, attributes in page.tags if tag == "script"]
         assert len(scripts) <= 2
         assert not [one for one in page.attributes("href") if one.startswith("javascript")]
-    assert "<script>alert(2)" in json.loads(Page(site.index).data)["rows"][-1]["name"] or True
+    names = [row["name"] for row in json.loads(Page(site.index).data)["rows"]]
+    assert HOSTILE in names
 
 
 def test_an_empty_case_is_a_useful_page(tmp_path):

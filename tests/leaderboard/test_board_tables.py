@@ -155,7 +155,14 @@ def test_published_top1_is_the_first_of_the_papers_file(tmp_path):
 
 @pytest.mark.parametrize(
     "value, text",
-    [(0.0153, "0.0153"), (1.254, "1.25"), (86.57, "86.6"), (1240, "1,240"), (0, "0"), (9.999, "10.00")],
+    [
+        (0.0153, "0.0153"),
+        (1.254, "1.25"),
+        (86.57, "86.6"),
+        (1240, "1,240"),
+        (0, "0"),
+        (9.999, "10.00"),
+    ],
 )
 def test_numbers_read_well(value, text):
     assert show(value) == text

@@ -42,7 +42,7 @@ def convert(
         raise ReplivitError(f"{target} must end in .safetensors")
     chosen = get_variant(variant)
     state = checkpoints.read_state_dict(official)
-    model = checkpoints.load_official(chosen.name, state, **parse_options(set_ or []))
+    model = checkpoints.load_official(chosen.name, official, **parse_options(set_ or []))
     found = checkpoints.coverage(model, checkpoints.convert_official(chosen.name, state))
     sha256 = checkpoints.save_weights(
         model,
@@ -56,6 +56,6 @@ def convert(
             "commit": capture().commit,
         },
     )
-    out.print(f"{chosen.name}: {len(state)} official keys; {found}", markup=False)
+    out.print(f"{chosen.name}: {len(state)} official keys; {found}", markup=False, soft_wrap=True)
     out.print(f"sha256 {sha256}", markup=False)
-    err.print(f"written: {target}", markup=False)
+    err.print(f"written: {target}", markup=False, soft_wrap=True)

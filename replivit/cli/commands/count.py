@@ -86,8 +86,10 @@ def count(
 def _table(title: str, *columns: str, left: int = 1) -> Table:
     """A plain table; the first `left` columns hold words, the others numbers."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    for column in columns[:left]:
+        table.add_column(column, overflow="fold")
+    for column in columns[left:]:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -128,13 +130,13 @@ def _print_modules(root: ModuleCost, depth: int) -> None:
         share = f"{node.macs / root.macs:.1%}" if root.macs else ""
         name = "  " * level + node.name + (f" (called {node.calls} times)" * (node.calls > 1))
         table.add_row(escape(name), node.type, f"{node.params:,}", f"{node.macs:,}", share)
-        if level < depth:
-            for child in node.children:
-                if child.macs or child.params:
-                    add(child, level + 1)
+        shown = [child for child in node.children if child.macs or child.params]
+        if shown and level < depth:
+            for child in shown:
+                add(child, level + 1)
             macs = node.macs - sum(child.macs for child in node.children)
             params = node.params - sum(child.params for child in node.children)
-            if node.children and (macs > 0 or params > 0):
+            if macs > 0 or params > 0:
                 share = f"{macs / root.macs:.1%}" if root.macs else ""
                 table.add_row(
                     "  " * (level + 1) + "(its own)", "", f"{params:,}", f"{macs:,}", share

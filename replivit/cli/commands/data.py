@@ -87,7 +87,9 @@ def _about_track(track: str, root: str | None) -> None:
     out.print(f"[bold]{escape(one.title)}[/bold]: {one.num_classes} classes, {one.image_size} px")
     for place in places(track, root):
         state = "exists" if place.folder.is_dir() else "not there"
-        out.print(f"looked in {place.folder} ({place.origin}): {state}", markup=False)
+        out.print(
+            f"looked in {place.folder} ({place.origin}): {state}", markup=False, soft_wrap=True
+        )
     settings = ", ".join(f"{key} {value}" for key, value in one.protocol.items())
     out.print(f"protocol: {settings}", markup=False, soft_wrap=True)
 
@@ -125,4 +127,4 @@ def _about_splits(track: str, root: str | None, fingerprint: bool, sheet: Path |
             contact_sheet(last).savefig(sheet, dpi=120, format="png", bbox_inches="tight")
         except OSError as error:
             raise ReplivitError(f"cannot write {sheet}: {error.strerror}") from error
-        err.print(f"written: {sheet}", markup=False)
+        err.print(f"written: {sheet}", markup=False, soft_wrap=True)

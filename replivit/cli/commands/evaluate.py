@@ -45,7 +45,11 @@ def evaluate(
         int | None, typer.Option(help="Pixels of a side; default the variant's own.", min=1)
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Loader processes; default 0 or 4, by the data.", min=0)
+        int | None,
+        typer.Option(
+            help="Loader processes; default by the data: none for small images, else up to 4.",
+            min=0,
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -81,7 +85,7 @@ def evaluate(
     if save:
         store = RecordStore()
         store.append(records)
-        err.print(f"records: {store.file}", markup=False)
+        err.print(f"records: {store.file}", markup=False, soft_wrap=True)
 
 
 def _bar():

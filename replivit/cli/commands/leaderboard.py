@@ -99,7 +99,11 @@ def _build(store: RecordStore, folder: Path, against: Path | None) -> None:
 
     err.print("building the pages ...")
     site = build_site(store, folder, against=against)
+    view = site.board.default_view
+    title = f"{view.machine}; {view.setting}" if view else "no times yet"
+    out.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
     out.print(board_table(site.board))
+    out.print("* as published, not measured here;  ~ noisy or contended", style="dim")
     for notice in site.board.notices:
         err.print(f"note: {notice}", style="yellow", markup=False)
     if site.comparison is not None:
@@ -113,12 +117,7 @@ def board_table(board: Board) -> Table:
     from leaderboard.export import cell_text
 
     view = board.default_view
-    title = f"{view.machine}; {view.setting}" if view else "no times yet"
-    table = Table(
-        title=escape(title), title_justify="left", box=None, header_style="bold",
-        pad_edge=False, padding=(0, 1, 0, 0), caption="* as published, not measured here",
-        caption_justify="left",
-    )  # fmt: skip
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("variant", no_wrap=True)
     for column in COLUMNS.values():
         unit = column.unit.replace(" yardstick", "")
@@ -137,7 +136,7 @@ def print_changes(comparison: Comparison) -> None:
     """Every significant change, and how much stayed within noise."""
     from leaderboard.changes import describe
 
-    table = Table(box=None, header_style="bold")
+    table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("", "variant", "metric", "old", "new", "change", "because", "where"):
         table.add_column(name, overflow="fold")
     for change in comparison.changes:

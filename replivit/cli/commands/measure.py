@@ -97,7 +97,7 @@ def measure(
         out.print(records_table(name, records))
         failed = failed or not all(record.measured for record in records)
     if store is not None:
-        err.print(f"records: {store.file}", markup=False)
+        err.print(f"records: {store.file}", markup=False, soft_wrap=True)
     if failed:
         raise typer.Exit(1)
 
@@ -111,9 +111,11 @@ def records_table(name: str, records: list) -> Table:
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
     table.add_column("status", overflow="fold")
+    said = None
     for record in records:
         colour = COLOURS.get(record.status, "red")
-        reason = f": {escape(record.reason)}" if record.reason else ""
+        reason = f": {escape(record.reason)}" if record.reason and record.reason != said else ""
+        said = record.reason
         value = value_text(record) if record.measured else ""
         table.add_row(
             record.metric, value, interval_text(record),

@@ -58,18 +58,19 @@ def rerun(
             broken.append(one.name)
             err.print(f"{one.name} failed: {one_line(error)}", style="red", markup=False)
     verdicts = ledger(found, collect(store, registry.papers()))
-    out.print(ledger_table(found.facts.title, verdicts))
+    out.print(f"[bold]{escape(found.facts.title)}[/bold]")
+    out.print(ledger_table(verdicts))
     counts = {name: sum(one.outcome == name for one in verdicts) for name in OUTCOME_COLOURS}
     out.print(", ".join(f"{count} {name}" for name, count in counts.items()))
     if broken:
         raise typer.Exit(1)
 
 
-def ledger_table(title: str, verdicts: list[Verdict]) -> Table:
+def ledger_table(verdicts: list[Verdict]) -> Table:
     """Published beside measured, one verdict per row."""
-    from leaderboard.pages import ledger_rows
+    from leaderboard.paper_pages import ledger_rows
 
-    table = Table(title=escape(title), title_justify="left", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold", pad_edge=False)
     for name, justify in (
         ("model", "left"), ("metric", "left"), ("published", "right"), ("measured", "right"),
         ("verdict", "left"), ("reason", "left"), ("source", "left"),

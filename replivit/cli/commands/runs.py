@@ -45,10 +45,12 @@ def run(
 
 def print_experiment(result: ExperimentResult) -> None:
     """An experiment's result as tables."""
+    out.print(f"[bold]{escape(result.title)}[/bold] ({escape(result.name)}, {result.scale})")
     if result.rows:
-        out.print(rows_table(f"{result.title} ({result.name}, scale {result.scale})", result.rows))
+        out.print(rows_table(result.rows))
     if result.published:
-        out.print(rows_table("As the paper prints it", result.published))
+        out.print("[bold]As the paper prints it[/bold]")
+        out.print(rows_table(result.published))
     for finding in result.findings:
         colour = OUTCOME_COLOURS[finding.outcome]
         out.print(f"[{colour}]{finding.outcome}[/{colour}]: {escape(finding.claim)}")
@@ -59,9 +61,9 @@ def print_experiment(result: ExperimentResult) -> None:
         err.print(f"figure: {path}", markup=False, soft_wrap=True)
 
 
-def rows_table(title: str, rows: list[dict[str, Any]]) -> Table:
+def rows_table(rows: list[dict[str, Any]]) -> Table:
     """Plain dictionaries as a table; numbers to the right, with four significant digits."""
-    table = Table(title=escape(title), title_justify="left", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold", pad_edge=False)
     for key in rows[0]:
         number = isinstance(rows[0][key], int | float)
         table.add_column(escape(str(key)), justify="right" if number else "left", overflow="fold")

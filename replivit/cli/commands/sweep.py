@@ -76,7 +76,7 @@ def sweep(
                 retry=retry, fresh=fresh,
             )  # fmt: skip
     print_summary(summary)
-    err.print(f"records: {store.file}", markup=False)
+    err.print(f"records: {store.file}", markup=False, soft_wrap=True)
     if summary.failures:
         raise typer.Exit(1)
 
