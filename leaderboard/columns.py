@@ -66,12 +66,12 @@ COLUMNS: dict[str, Column] = {
         ),
         Column(
             "memory_inference", "Memory", "MiB", 2.0**20,
-            "Peak memory of inference above the idle process, in MiB.",
+            "Peak memory of inference above the idle process, weights included, in MiB.",
             speed=True,
         ),
         Column(
             "memory_training", "Train mem.", "MiB", 2.0**20,
-            "Peak memory of one training step above the idle process, in MiB.",
+            "Peak memory of one training step above the idle process, weights included, in MiB.",
             speed=True,
         ),
     )

@@ -5,6 +5,9 @@ It joins through the entry-point group, as any package does, so child processes 
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -85,8 +88,9 @@ NAMES = (
 )  # fmt: skip
 
 
-def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write the paper below `folder`, put it on the import path and have the registry look."""
+@contextlib.contextmanager
+def installed(folder: Path) -> Iterator[None]:
+    """Write the paper below `folder` and have registry and child processes see it."""
     package = folder / "benchpapers" / "benchpaper"
     package.mkdir(parents=True)
     (package.parent / "__init__.py").touch()
@@ -98,5 +102,10 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: benchpapers\nVersion: 0.1\n")
     (info / "entry_points.txt").write_text("[replivit.papers]\nbenchpapers = benchpapers\n")
-    monkeypatch.syspath_prepend(str(folder))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(str(folder))
+        registry.refresh()
+        yield
     registry.refresh()
+    for name in [name for name in sys.modules if name.split(".")[0] == "benchpapers"]:
+        del sys.modules[name]

@@ -39,7 +39,6 @@ def test_list_and_info():
     [
         (ReplivitError("the\nthing is <missing>"), 1, "error: the thing is <missing>"),
         (OSError(28, "No space left on device"), 1, "No space left"),
-        (KeyboardInterrupt(), 130, "already measured is kept"),
     ],
 )
 def test_errors_end_in_one_sentence(monkeypatch, capsys, error, code, words):
@@ -51,6 +50,16 @@ def test_errors_end_in_one_sentence(monkeypatch, capsys, error, code, words):
         cli.main()
     assert caught.value.code == code
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_ctrl_c_says_what_is_kept(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.registry.papers", interrupted)
+    result = runner.invoke(cli.app, ["list"])
+    assert result.exit_code == 130
+    assert "already measured is kept" in result.stderr
 
 
 def test_typo_ends_with_a_suggestion_and_a_non_zero_exit():

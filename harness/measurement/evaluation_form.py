@@ -12,11 +12,16 @@ Inputs = torch.Tensor | tuple
 ImageSize = int | tuple[int, int]
 
 
+def floating_like(module: nn.Module) -> torch.Tensor:
+    """A tensor whose device and dtype are those of the module's floating-point weights."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return next((one for one in tensors if one.is_floating_point()), torch.empty(0))
+
+
 def example_inputs(module: nn.Module, image_size: ImageSize, batch_size: int = 1) -> tuple:
     """One seeded random batch `(B, 3, H, W)` on the module's device, in its floating dtype."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    tensors = [*module.parameters(), *module.buffers()]
-    like = next((one for one in tensors if one.is_floating_point()), torch.empty(0))
+    like = floating_like(module)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, 3, height, width, generator=generator)
     return (images.to(like.device, like.dtype),)
@@ -49,7 +54,7 @@ def evaluation_form(module: nn.Module) -> Iterator[None]:
     """
     flags = {part: part.training for part in module.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = {one.device.index for one in module.parameters() if one.is_cuda}
+    devices = sorted({one.device.index for one in module.parameters() if one.is_cuda})
     try:
         module.eval()
         torch.backends.mha.set_fastpath_enabled(False)

@@ -70,7 +70,7 @@ class Worker:
         self.threads = threads
         self.command = command
         self._process: subprocess.Popen | None = None
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
 
     def __enter__(self) -> Worker:
         return self

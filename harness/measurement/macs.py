@@ -21,7 +21,7 @@ from harness.measurement.evaluation_form import (
     ImageSize,
     Inputs,
     evaluation_form,
-    example_inputs,
+    floating_like,
     resolve_inputs,
 )
 from harness.measurement.operators import SUSPICIOUS, OperatorLog, OperatorUse, formulas
@@ -173,7 +173,8 @@ def count_macs(
     """
     module = getattr(module, "_orig_mod", module)  # a compiled module runs kernels of its own
     inputs, batch_size = resolve_inputs(module, image_size, batch_size, inputs)
-    counter = FlopCounterMode(display=False, custom_mapping=formulas())
+    mapping = formulas(floating_like(module).device.type)
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
     log, calls = OperatorLog(counter.flop_registry), _CallTree(module, counter)
     with evaluation_form(module), calls.watching(), log, counter:
         module(*inputs)
@@ -200,8 +201,8 @@ def count_macs_distribution(module: nn.Module, images: Iterable[torch.Tensor]) -
     Raises:
         ValueError: no images.
     """
-    like = example_inputs(module, 1)[0]  # its device and dtype are the module's
-    values, mapping = [], formulas()
+    like = floating_like(module)
+    values, mapping = [], formulas(like.device.type)
     with evaluation_form(module):
         for image in images:
             with FlopCounterMode(display=False, custom_mapping=mapping) as counter:

@@ -119,10 +119,9 @@ def einsum_macs(equation: str, shapes: list[tuple[int, ...]], path: list[int] | 
     for term, shape in zip(terms, shapes, strict=True):
         for label, size in zip(term, shape, strict=True):
             sizes[label] = max(size, sizes.get(label, 1))
-    if arrow:
-        output = set(_labels(right, len(right.replace("...", "")) + _dots(sizes)))
-    else:  # implicit: "..." and every label that stands once
-        output = {one for one in sizes if one.startswith(".") or left.count(one) == 1}
+    if not arrow:  # implicit: "..." and every label that stands once
+        right = "..." + "".join(one for one in sizes if left.count(one) == 1)
+    output = {one for one in sizes if one in right or ("..." in right and one[0] == ".")}
     pairs = list(zip(path[::2], path[1::2], strict=True)) if path else [(0, 1)] * (len(terms) - 1)
     rest, macs = [set(term) for term in terms], 0
     for first, second in pairs:
@@ -135,10 +134,6 @@ def einsum_macs(equation: str, shapes: list[tuple[int, ...]], path: list[int] | 
             macs += math.prod(sizes[label] for label in kept | summed)
         rest = [*others, kept] if path else [kept, *others]
     return macs
-
-
-def _dots(sizes: dict[str, int]) -> int:
-    return sum(label.startswith(".") for label in sizes)
 
 
 _HANDLERS = {

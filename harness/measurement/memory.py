@@ -1,9 +1,9 @@
 """Peak memory above the idle process: of inference, and of one training step.
 
-On CPU it is the growth of anonymous resident memory between "model loaded" and the peak
-(`VmHWM`); pages of libraries that are mapped meanwhile belong to files, not to the model, and are
-taken off. On CUDA it is the growth of the allocator's peak. Both leave out the weights, which are
-reported beside it. Each measurement wants a process of its own.
+The peak is the weights, counted exactly, and what the work adds to them. On CPU that is the growth
+of anonymous resident memory between "model loaded" and the highest mark (`VmHWM`); pages of
+libraries that are mapped meanwhile belong to files, not to the model, and are taken off. On CUDA it
+is the growth of the allocator's peak. Each measurement wants a process of its own.
 """
 
 from __future__ import annotations
@@ -30,14 +30,19 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 class MemoryUse:
     """Bytes. `exact_peak` is False where the peak could not be reset: it is then an upper bound."""
 
-    peak: int
     weights: int
+    work: int
     exact_peak: bool
     method: str
 
+    @property
+    def peak(self) -> int:
+        """What the process needs beyond an idle one."""
+        return self.weights + self.work
+
     def detail(self) -> dict[str, Any]:
         """What a record keeps beside the value."""
-        return {key: value for key, value in asdict(self).items() if key not in ("peak", "method")}
+        return {key: value for key, value in asdict(self).items() if key != "method"}
 
 
 def _resident() -> dict[str, int]:
@@ -87,7 +92,7 @@ def _touch_libraries(training: bool) -> None:
 
 
 def measure_peak(work: Callable[[], object], model: nn.Module, device: str) -> MemoryUse:
-    """Peak memory of `work()` above what is held before it."""
+    """Peak memory of `model` and `work()` above a process that holds neither."""
     import torch
 
     weights = sum(
@@ -101,14 +106,14 @@ def measure_peak(work: Callable[[], object], model: nn.Module, device: str) -> M
         work()
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
-        return MemoryUse(peak, weights, True, "peak allocated minus allocated with weights loaded")
+        return MemoryUse(weights, peak, True, "weights + peak allocated above them")
     exact = _reset_peak()
     before = _resident()
     work()
     after = _resident()
     mapped = max(after.get("RssFile", 0) - before.get("RssFile", 0), 0)
     peak = max(after["VmHWM"] - before["VmRSS"] - mapped, 0)
-    return MemoryUse(peak, weights, exact, "peak resident minus resident with weights loaded")
+    return MemoryUse(weights, peak, exact, "weights + peak resident above them")
 
 
 def inference_memory(

@@ -61,37 +61,38 @@ ATTENTION_KERNELS = tuple(
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_fused_attention_overrideable",
+        "_scaled_dot_product_attention_math_for_mps",
     )
     if hasattr(aten, name)
 )
 
 
-def _counts_attention(mapping: dict[Any, Callable[..., int]]) -> bool:
+def _counts_attention(mapping: dict[Any, Callable[..., int]], device: str) -> bool:
     """Whether a known fused call, 4 queries on 6 keys, comes out right."""
-    query, key = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 6, 8)
+    query, key = torch.zeros(1, 2, 4, 8, device=device), torch.zeros(1, 2, 6, 8, device=device)
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         F.scaled_dot_product_attention(query, key, key)
-    return counter.get_total_flops() == attention_flops((1, 2, 4, 8), (1, 2, 6, 8), (1, 2, 6, 8))
+    return counter.get_total_flops() == attention_flops(query.shape, key.shape, key.shape)
 
 
 @functools.cache
-def formulas() -> dict[Any, Callable[..., int]]:
+def formulas(device: str = "cpu") -> dict[Any, Callable[..., int]]:
     """What `FlopCounterMode` must be told: products without formula, and attention if need be.
 
-    The self-check runs once per process: some torch versions count fused attention as zero on
-    some devices; then all attention kernels get our formula.
+    The self-check runs once per process and kind of device: some torch versions count fused
+    attention as zero on some devices; then all attention kernels get our formula.
 
     Raises:
         ReplivitError: attention is counted wrongly even so; no count would be right.
     """
     mapping = dict(PRODUCTS)
     mapping |= {one: attention_flops for one in ATTENTION_KERNELS if one not in flop_registry}
-    if not _counts_attention(mapping):
+    if not _counts_attention(mapping, device):
         mapping |= dict.fromkeys(ATTENTION_KERNELS, attention_flops)
-        if not _counts_attention(mapping):
+        if not _counts_attention(mapping, device):
             raise ReplivitError(
-                f"torch {torch.__version__} does not count a known attention call right, "
-                "so no MACs can be counted here; use another version"
+                f"torch {torch.__version__} does not count a known attention call right on "
+                f"{device}, so no MACs can be counted there; use another version"
             )
     return mapping
 
@@ -99,7 +100,7 @@ def formulas() -> dict[Any, Callable[..., int]]:
 # --- the log of what counts nothing ----------------------------------------------------------
 
 #: Kinds of uncounted operators by the kernel's name, without underscores around it.
-_KINDS = (
+_NAMES = (
     ("index", r"(arg|m)?sort|topk|kthvalue|gather|scatter\w*|index\w*|take|masked_(select|scatter)"
               r"|nonzero\w*|unique\w*|embedding\w*|bucketize|searchsorted|multinomial|bincount"
               r"|local_scalar_dense"),
@@ -115,7 +116,7 @@ _KINDS = (
                  r"|eye|scalar_tensor|normal\w*|uniform|rand\w*|bernoulli|constant\w*"),
     ("free", r"empty\w*|new_empty\w*|unsafe_view|detach|alias|lift_fresh|resize|set"),
 )  # fmt: skip
-_KINDS = tuple((kind, re.compile(pattern)) for kind, pattern in _KINDS)
+_KINDS = tuple((kind, re.compile(pattern)) for kind, pattern in _NAMES)
 
 #: Kinds that may hide multiply-adds a reader would expect in a count.
 SUSPICIOUS = ("hidden product", "fft", "distance", "other")

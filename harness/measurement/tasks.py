@@ -82,9 +82,9 @@ class Subject:
         cell, size = self.cell, self.conditions.image_size
         if self.variant and self.variant.spec.dynamic:
             found, source = yardstick.real_images(self.variant, cell.batch_size, size)
-            return found, f"{len(found)} batches of test images of {source}"
+            return found, f"test images of {source}"
         made = yardstick.seeded_images(cell.batch_size, size)
-        return made, f"{len(made)} batches of normal noise, seed 0"
+        return made, "normal noise, seed 0"
 
     def prepared(self) -> tuple[Prepared, list[torch.Tensor], str]:
         """The model in the cell's backend, called once with each of its (placed) inputs."""
@@ -135,7 +135,7 @@ def latency_records(cell: Cell, subject: Subject, run_id: str) -> list[Record]:
     own, duration = timings["model"], time.perf_counter() - tick
     common = {"started": started, "duration_s": duration}
     detail = {
-        **own.detail(), "input": what, "yardstick": yardstick.NAME,
+        **own.detail(), "input": f"{len(images)} batches of {what}", "yardstick": yardstick.NAME,
         "yardstick_median": timings["yardstick"].median,
     }  # fmt: skip
     return [
@@ -194,6 +194,8 @@ def memory_records(cell: Cell, subject: Subject, run_id: str) -> list[Record]:
     """Peak memory of inference in the cell's backend, or of a training step of the model."""
     started, tick = datetime.now(timezone.utc), time.perf_counter()
     images, what = subject.images()
+    if not (subject.variant and subject.variant.spec.dynamic):
+        images = images[:2]  # every further pass would take the same memory
     words = parse_backend(cell.backend, cell.device)
     placed = place_images(images, words, cell.device, cell.dtype)
     if cell.group == "memory_training" and set(words) & {"deploy", "compile", "cuda_graph"}:
@@ -213,7 +215,7 @@ def memory_records(cell: Cell, subject: Subject, run_id: str) -> list[Record]:
         subject.record(
             run_id, cell.group, use.peak, n=1, method=use.method,
             started=started, duration_s=time.perf_counter() - tick,
-            detail={**use.detail(), "input": what},
+            detail={**use.detail(), "input": f"{len(placed)} batches of {what}"},
         )
     ]  # fmt: skip
 

@@ -6,16 +6,30 @@ import importlib
 import os
 import pkgutil
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from harness.errors import ReplivitError, one_line
 from replivit.cli import commands
 from replivit.cli.console import err
 
+
+class _Stoppable(TyperGroup):
+    """Says at Ctrl-C what is kept; typer alone would end without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            err.print("stopped; what was already measured is kept", style="yellow")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="replivit",
+    cls=_Stoppable,
     help="Compact vision transformers, rebuilt, proven and measured on one bench.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -53,12 +67,9 @@ _add_commands()
 
 
 def main() -> None:
-    """Run the command; a user's error is one sentence and exit code 1, Ctrl-C is 130."""
+    """Run the command; a user's error is one sentence and exit code 1."""
     try:
         app()
-    except KeyboardInterrupt:
-        err.print("stopped; what was already measured is kept", style="yellow")
-        sys.exit(130)
     except (ReplivitError, ValueError, OSError, MemoryError) as error:
         if os.environ.get("REPLIVIT_DEBUG"):
             raise

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from harness.record import Record
 
-#: unit of a record -> (divisor, shown unit) by metric or unit; the first that fits is used.
+#: unit of a record -> shown units with their size, the largest that fits is taken.
 _SHOWN = {
-    "s": (1e-3, "ms"),
-    "bytes": (2**20, "MiB"),
-    "%": (1.0, "%"),
-    "x yardstick": (1.0, "x"),
+    "s": ((1.0, "s"), (1e-3, "ms")),
+    "bytes": ((2**30, "GiB"), (2**20, "MiB")),
+    "x yardstick": ((1.0, "x"),),
 }
+_COUNTED = {"macs": ((1e9, "GMACs"), (1e6, "MMACs"))}
 
 
 def _scale(record: Record) -> tuple[float, str]:
+    """Divisor and name of the unit that a record's value is shown in."""
     if record.unit == "count":
         name = record.metric.partition("_")[0]
-        return (1e9, "GMACs") if name == "macs" and record.value >= 1e8 else _millions(name)
-    return _SHOWN.get(record.unit, (1.0, record.unit))
-
-
-def _millions(name: str) -> tuple[float, str]:
-    return (1e6, "MMACs") if name == "macs" else (1e6, f"M {name}")
+        units = _COUNTED.get(name, ((1e6, f"M {name}"),))
+    else:
+        units = _SHOWN.get(record.unit, ((1.0, record.unit),))
+    return next((unit for unit in units if record.value >= unit[0]), units[-1])
 
 
 def value_text(record: Record) -> str:

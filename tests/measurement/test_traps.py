@@ -118,7 +118,7 @@ def test_the_self_check_mends_a_torch_that_counts_attention_as_zero(
 
 
 def test_a_torch_that_cannot_be_mended_is_refused(monkeypatch, fresh_formulas):
-    monkeypatch.setattr(operators, "_counts_attention", lambda mapping: False)
+    monkeypatch.setattr(operators, "_counts_attention", lambda *_: False)
     with pytest.raises(ReplivitError, match="does not count a known attention call"):
         count_macs(nn.Linear(2, 2), inputs=torch.randn(1, 2))
 
@@ -228,6 +228,8 @@ def test_our_einsum_formula_is_what_torch_executes(case):
 def test_einsum_formula_knows_dots_and_paths():
     assert einsum_macs("...nd,...md->...nm", [(2, 3, 4, 8), (2, 3, 5, 8)]) == 6 * 4 * 5 * 8
     assert einsum_macs("b...d,d", [(2, 3, 8), (8,)]) == 2 * 3 * 8
+    assert einsum_macs("...d,...d->d", [(3, 8), (3, 8)]) == 3 * 8
+    assert einsum_macs("...d,...d->...d", [(3, 8), (3, 8)]) == 0
     chain = "ab,bc,cd->ad", [(10, 2), (2, 10), (10, 2)]
     assert einsum_macs(*chain) == 10 * 2 * 10 + 10 * 10 * 2
     assert einsum_macs(*chain, path=[1, 2, 0, 1]) == 2 * 10 * 2 + 10 * 2 * 2

@@ -65,7 +65,7 @@ def train(
         Path | None, typer.Option(help="The teacher's weights; default: shipped, or timm's.")
     ] = None,
     distillation: Annotated[
-        str | None, typer.Option(help="hard or soft; default: the recipe's, else hard.")
+        str | None, typer.Option(help="hard or soft; default: the recipe's.")
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")
@@ -126,10 +126,7 @@ def train(
     }  # fmt: skip
     changes = {key: value for key, value in named.items() if value is not None}
     changes |= _pairs("--set", settings)
-    objective = None
-    if teacher is not None:
-        objective = Distillation(teacher, weights=teacher_weights)
-    elif teacher_weights is not None:
+    if teacher is None and teacher_weights is not None:
         raise ReplivitError("--teacher-weights needs --teacher, the name of its model")
     callbacks = [EvaluateEvery(evaluate_every)] if evaluate_every else []
     callbacks += [TensorBoard()] if tensorboard else []
@@ -137,10 +134,11 @@ def train(
     runs = []
     for number in numbers:
         several = directory is not None and len(numbers) > 1
+        distil = Distillation(teacher, weights=teacher_weights) if teacher else None
         runs.append(
             run(
                 chosen.name, track, changes, number,
-                objective=objective, callbacks=callbacks,
+                objective=distil, callbacks=callbacks,
                 out=directory / f"seed{number}" if several else directory,
                 init=init, freeze=freeze or (), device=device, root=data, image_size=image_size,
                 options=_pairs("--option", options), checkpoint_minutes=checkpoint_minutes,
