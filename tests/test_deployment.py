@@ -27,8 +27,11 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def shake(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give norms statistics and affine parameters as after training; eval mode."""
+    """Give norms statistics, and whatever starts at zero a value, as after training; eval mode."""
     torch.manual_seed(seed)
+    with torch.no_grad():
+        for one in model.parameters():
+            one.add_(0.02 * torch.randn_like(one))
     for module in model.modules():
         if isinstance(module, NORMS) and module.track_running_stats:
             module.running_mean.normal_(0, 0.3)
@@ -330,6 +333,17 @@ def test_image_size_must_be_known_and_fit():
         deploy(Siblings())
     with pytest.raises(ReplivitError, match="the model itself fails"):
         deploy(harness.build("vit_micro"), image_size=64)
+
+
+def test_outputs_that_are_zero_prove_nothing():
+    last = nn.Conv2d(4, 2, 1)
+    model = shake(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), last))
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    with pytest.raises(ReplivitError, match="outputs are all zero"):
+        deploy(model, image_size=8)
+    model[1] = nn.Identity()
+    assert deploy(model, image_size=8).deployed, "nothing was folded, so nothing is in doubt"
 
 
 def test_double_precision():

@@ -18,9 +18,10 @@ above 1e-5 is an error, never a silent approximation.
 
 from harness.deployment.affine import batch_norm_affine, fold_after, fold_before
 from harness.deployment.batch_norms import fold_batch_norms
-from harness.deployment.form import DeployReport, deploy, relative_error
+from harness.deployment.form import TOLERANCE, DeployReport, deploy, relative_error
 
 __all__ = [
+    "TOLERANCE",
     "DeployReport",
     "batch_norm_affine",
     "deploy",

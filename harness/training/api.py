@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from harness import registry
 from harness.checkpoints import file_sha256, load_weights, save_weights
 from harness.data import TRACKS, ImageDataset, Track, load_split
-from harness.environment import home
+from harness.environment import capture, home
 from harness.errors import ReplivitError
 from harness.evaluation import evaluate as score
 from harness.evaluation import model_input
@@ -98,7 +98,7 @@ def train(
         variant: a variant's name, or a module (a method's own; trained in place).
         recipe: a `Recipe`, a recipe's name or file, or a mapping of single values over the recipe
             it `extends`, else over the default: the paper's own on its track, else the protocol.
-        objective: what the method optimises; default `CrossEntropy`.
+        objective: what the method optimises; default `CrossEntropy`. A new one for every run.
         out: the run's directory; default `training/<name>/<track>/seed<seed>-<digest>` at home.
         init: weights to start from, a file or a state dict; what does not fit (another head) stays
             as built, and the run says so.
@@ -277,19 +277,20 @@ def _finish(
         context.accelerator.wait_for_everyone()
         return []
     weights, file = context.directory / WEIGHTS, context.directory / RECORDS
-    if not file.exists():
+    records = list(read_records(file)) if file.exists() else []
+    if not records or (evaluate and all(one.metric != "top1" for one in records)):
         write_history(context.directory, trainer.history)
         metadata = {
-            "variant": context.name, "track": context.track, "seed": str(context.seed),
-            "recipe": context.recipe.name,
+            "variant": context.name, "track": context.track, "seed": context.seed,
+            "recipe": context.recipe.name, "commit": capture().commit,
         }  # fmt: skip
         save_weights(model, weights, metadata=metadata)
         if trainer.ema is not None and not context.recipe.ema_final:
             save_weights(trainer.ema.module, context.directory / WEIGHTS_EMA, metadata=metadata)
-        made = _records(trainer, identity, variant, started, evaluate)
-        write_whole(file, "".join(one.model_dump_json() + "\n" for one in made).encode())
+        records = _records(trainer, identity, variant, started, evaluate)
+        write_whole(file, "".join(one.model_dump_json() + "\n" for one in records).encode())
     context.accelerator.wait_for_everyone()
-    return list(read_records(file))
+    return records
 
 
 def _records(
@@ -301,18 +302,18 @@ def _records(
 ) -> list[Record]:
     context, run_id = trainer.context, new_run_id()
     sha256 = file_sha256(context.directory / WEIGHTS)
-    height, width = context.image_size
     conditions = Conditions(
         device=context.device.type, threads=torch.get_num_threads(),
         batch_size=context.recipe.batch_size, dtype=_DTYPES[context.recipe.mixed_precision],
-        image_size=height if height == width else None, num_classes=context.num_classes,
+        image_size=context.side if isinstance(context.side, int) else None,
+        num_classes=context.num_classes,
         track=context.track, data_fingerprint=identity["data"], weights_sha256=sha256,
         seed=context.seed, options=identity["options"],
     )  # fmt: skip
     paper = variant.paper.key if variant else None
     training = {
         "recipe": context.recipe.model_dump(mode="json", exclude={"extends"}),
-        "objective": trainer.objective.identity(),
+        "objective": identity["objective"],
         "initial_weights": identity["initial_weights"],
         "images_seen": context.images_seen,
         "seconds": round(trainer.seconds, 3),
@@ -331,7 +332,7 @@ def _records(
         return records
     scored = score(
         context.model, context.track, root=context.root, device=context.device, run_id=run_id,
-        image_size=context.image_size, options=identity["options"], name=context.name,
+        image_size=context.side, options=identity["options"], name=context.name,
     )  # fmt: skip
     for one in scored:
         stamped = one.conditions.model_copy(update={"seed": context.seed, "weights_sha256": sha256})

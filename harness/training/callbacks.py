@@ -63,7 +63,7 @@ class EvaluateEvery(Watcher):
             return
         records = evaluate(
             context.model, context.track, root=context.root, device=context.device,
-            image_size=context.image_size, limit=self.limit,
+            image_size=context.side, limit=self.limit,
         )  # fmt: skip
         context.row.update({record.metric: record.value for record in records})
 

@@ -60,6 +60,12 @@ class Context:
         return self.accelerator.device
 
     @property
+    def side(self) -> int | tuple[int, int]:
+        """The image size as builders take it: one number where it is square."""
+        height, width = self.image_size
+        return height if height == width else (height, width)
+
+    @property
     def total_updates(self) -> int:
         return self.recipe.epochs * self.steps_per_epoch
 

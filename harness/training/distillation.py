@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from harness import registry
 from harness.checkpoints import file_sha256, load_model, load_pretrained, load_weights
+from harness.data import TRACKS, get_track
 from harness.errors import ReplivitError, one_line
+from harness.evaluation import model_input
 from harness.training.objective import Objective, cross_entropy, only_logits
 from harness.training.state import state_sha256
 
@@ -67,8 +69,11 @@ class Distillation(Objective):
 
     Args:
         teacher: a module, or a name and perhaps `weights` for `load_teacher`.
-        kind, alpha, tau: as in `distillation_loss`; default the recipe's, and "hard" where the
-            recipe names no kind.
+        kind, alpha, tau: as in `distillation_loss`; default the recipe's.
+
+    Raises:
+        ReplivitError: neither the recipe nor `kind` says how to distil; the teacher answers for
+            other classes, or wants images of another normalisation.
     """
 
     def __init__(
@@ -84,23 +89,36 @@ class Distillation(Objective):
 
     def setup(self, context: Context) -> None:
         recipe = context.recipe
-        if self.kind is None:
-            self.kind = "hard" if recipe.distillation == "none" else recipe.distillation
-        self.alpha = recipe.distillation_alpha if self.alpha is None else self.alpha
-        self.tau = recipe.distillation_tau if self.tau is None else self.tau
+        self._kind = self.kind or recipe.distillation
+        self._alpha = recipe.distillation_alpha if self.alpha is None else self.alpha
+        self._tau = recipe.distillation_tau if self.tau is None else self.tau
+        if self._kind == "none":
+            raise ReplivitError(f"recipe {recipe.name} does not say how to distil: hard or soft")
+        self._teacher = self.teacher
         if isinstance(self.teacher, str):
-            self._module = load_teacher(
-                self.teacher, context.track, context.num_classes, context.image_size, self.weights
+            self._teacher = load_teacher(
+                self.teacher, context.track, context.num_classes, context.side, self.weights
             )
-        else:
-            self._module = self.teacher
-        self._module.to(context.device).eval().requires_grad_(False)
+        self._check_input(context)
+        self._teacher.to(context.device).eval().requires_grad_(False)
+
+    def _check_input(self, context: Context) -> None:
+        """Teacher and student share the images, so both must mean the same normalisation."""
+        if not hasattr(self._teacher, "pretrained_cfg"):
+            return  # an unknown module: taken to fit
+        track = get_track(context.track) if context.track in TRACKS else None
+        wanted = model_input(self._teacher, track, context.side)[0]
+        if (wanted.mean, wanted.std) != (context.input.mean, context.input.std):
+            raise ReplivitError(
+                f"the teacher wants images of mean {wanted.mean} and deviation {wanted.std}, the "
+                f"model {context.input.mean} and {context.input.std}"
+            )
 
     def loss(self, model, images, targets, context):
         output = model(images)
         logits, logits_kd = output if isinstance(output, (tuple, list)) else (output, output)
         with torch.no_grad():
-            answers = only_logits(self._module(images))
+            answers = only_logits(self._teacher(images))
         if answers.shape != logits.shape:
             raise ReplivitError(
                 f"the teacher answers for {answers.shape[-1]} classes, "
@@ -108,7 +126,7 @@ class Distillation(Objective):
             )
         return distillation_loss(
             logits, logits_kd, answers, targets,
-            self.kind, self.alpha, self.tau, context.recipe.label_smoothing,
+            self._kind, self._alpha, self._tau, context.recipe.label_smoothing,
         )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class Objective:
 
     def parameters(self) -> Iterable[nn.Parameter | dict[str, Any]]:
         """Trainable parameters outside the model, or optimizer groups of such; asked after
-        `setup`. A group may have its own `lr` and `weight_decay` (0 unless given)."""
+        `setup`, and expected on `context.device`. A group may have its own `lr` and `weight_decay`
+        (0 unless given)."""
         return ()
 
     def loss(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from harness import registry
 from harness.checkpoints import save_weights
+from harness.data import TRACKS
 from harness.errors import ReplivitError
 from harness.evaluation import evaluate
 from harness.record import new_run_id
@@ -28,8 +29,10 @@ def ship(
         `weights/<variant>_<track>.safetensors` and `<same>.records.jsonl` of the paper.
 
     Raises:
-        ReplivitError: no scored runs, runs with builder options, or a file over 2 MB.
+        ReplivitError: data that are no track, no scored runs, builder options, or over 2 MB.
     """
+    if track not in TRACKS:
+        raise ReplivitError(f"weights ship for a track ({', '.join(TRACKS)}), not for {track}")
     if not runs or any(run.value("top1") is None for run in runs):
         raise ReplivitError("only runs that were evaluated can be shipped")
     if any(run.records[0].conditions.options for run in runs):

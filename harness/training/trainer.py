@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -70,7 +71,7 @@ class Trainer:
         self.checkpoint_steps, self.checkpoint_minutes = checkpoint_steps, checkpoint_minutes
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0  # spent on steps, over all restarts
-        self._sums: dict[str, float] = {}  # of the losses of this epoch
+        self._sums: dict[str, tuple[float, int]] = {}  # total and count of this epoch's losses
         self._epoch_seconds = 0.0
         self._unseen: list[tuple[int, dict[str, Tensor]]] = []  # losses nobody looked at yet
         self._assemble()
@@ -123,8 +124,8 @@ class Trainer:
 
     def _epoch(self) -> None:
         context = self.context
+        context.network.train()  # a callback may put parts back into evaluation mode
         self._call("on_epoch_start", EPOCH_START)
-        context.network.train()
         if self.mixup is not None:
             off = context.recipe.mixup_off_epoch
             self.mixup.mixup_enabled = off is None or context.epoch < off
@@ -135,12 +136,13 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_step_end(context)
             context.step += 1
+            if context.step == context.steps_per_epoch:
+                self._look()  # waits for the device, so that the seconds are the whole epoch's
             now = time.perf_counter()
             self._epoch_seconds, tick = self._epoch_seconds + now - tick, now
             if context.step < context.steps_per_epoch and self._due(now - last_saved):
                 self.save()
                 last_saved = tick = time.perf_counter()
-        self._look()
         self._finish_epoch()
 
     def _step(self, passes: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -179,19 +181,25 @@ class Trainer:
         """Add up the losses since the last look; stop if one is not finite."""
         if not self._unseen:
             return
-        names = list(self._unseen[0][1])
-        table = torch.stack(
-            [torch.stack([parts[name].float() for name in names]) for _, parts in self._unseen]
-        ).tolist()
-        for (step, _), values in zip(self._unseen, table, strict=True):
-            parts = dict(zip(names, values, strict=True))
-            if not abs(parts["loss"]) < float("inf"):
-                self._diverged(step, parts["loss"])
-            for name, value in parts.items():
-                self._sums[name] = self._sums.get(name, 0.0) + value
+        # one transfer for all: each wait for the device costs more than the losses
+        values = torch.stack([one.float() for _, parts in self._unseen for one in parts.values()])
+        numbers = iter(values.tolist())
+        for step, parts in self._unseen:
+            told = {name: next(numbers) for name in parts}
+            if not math.isfinite(told["loss"]):
+                self._diverged(step, told["loss"])
+            for name, value in told.items():
+                total, count = self._sums.get(name, (0.0, 0))
+                self._sums[name] = (total + value, count + 1)
         self._unseen.clear()
-        rate = context_rate(self.context, self._epoch_seconds)
-        self.reporter.step(self.context.updates, rate, table[-1][names.index("loss")])
+        self.reporter.step(self.context.updates, self._rate(), told["loss"])
+
+    def _rate(self) -> float:
+        """Images per second of the epoch under way."""
+        context = self.context
+        done = context.updates - context.epoch * context.steps_per_epoch
+        seconds = self._epoch_seconds
+        return done * context.recipe.batch_size / seconds if seconds > 0 else 0.0
 
     def _diverged(self, step: int, loss: float) -> None:
         context = self.context
@@ -207,12 +215,11 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         context = self.context
-        passes = context.steps_per_epoch * context.recipe.accumulation
         context.row = {
             "epoch": context.epoch,
-            **{name: total / passes for name, total in self._sums.items()},
+            **{name: total / count for name, (total, count) in self._sums.items()},
             "lr": context.lr,
-            "images_per_second": context_rate(context, self._epoch_seconds),
+            "images_per_second": self._rate(),
             "seconds": self._epoch_seconds,
         }
         context.model.eval()
@@ -295,9 +302,3 @@ class Trainer:
         if context.recipe.ema_final:
             context.model.load_state_dict(self.ema.module.state_dict())
         return context.model.eval()
-
-
-def context_rate(context: Context, seconds: float) -> float:
-    """Images per second of the epoch under way."""
-    done = (context.updates - context.epoch * context.steps_per_epoch) * context.recipe.batch_size
-    return done / seconds if seconds > 0 else 0.0

@@ -83,7 +83,7 @@ def vit_micro(
         mlp_ratio=mlp_ratio,
         drop_rate=drop_rate,
         drop_path_rate=drop_path_rate,
-        weight_init="jax",  # Xavier: std 0.02, made for wide models, starts a width of 64 too slowly
+        weight_init="jax",  # Xavier: std 0.02, for wide models, starts a width of 64 too slowly
     )
 
 

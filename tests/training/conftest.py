@@ -11,11 +11,10 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from training_tools import CLASSES, SIDE, Net
 
 from harness import registry
 
-SIDE, CLASSES = 16, 4
 COUNTS = {"train": 96, "test": 40}
 
 PAPER = """\
@@ -31,6 +30,11 @@ variants:
     track: fashion_mini
     image_size: 16
     num_classes: 4
+  toy_ship:
+    build: "model:toy_net"
+    track: fashion_mini
+    image_size: 32
+    num_classes: 10
   toy_recipe:
     build: "model:toy_net"
     track: fashion_mini
@@ -73,22 +77,6 @@ def toy_data(tmp_path_factory) -> str:
         images = [{"bytes": picture(rng, int(label))} for label in labels]
         pd.DataFrame({"image": images, "label": labels}).to_parquet(folder / f"{split}.parquet")
     return str(folder)
-
-
-class Net(nn.Module):
-    """A convolution, a norm with buffers, dropout, a classifier."""
-
-    num_classes = CLASSES
-
-    def __init__(self, dropout: float = 0.2) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 4, 4)
-        self.norm = nn.BatchNorm2d(8)
-        self.drop = nn.Dropout(dropout)
-        self.head = nn.Linear(8 * (SIDE // 4) ** 2, CLASSES)
-
-    def forward(self, images):
-        return self.head(self.drop(self.norm(self.stem(images)).relu().flatten(1)))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
+from training_tools import Flat
 
 from harness.errors import ReplivitError
 from harness.training import (
@@ -76,15 +77,37 @@ def test_distillation_trains_both_heads_and_not_the_teacher(toy_data, tmp_path, 
     row = run.history[0]
     assert row["loss"] == pytest.approx(0.5 * row["base"] + 0.5 * row["teacher"], rel=1e-5)
     told = run.records[0].detail["objective"]
-    assert (told["kind"], told["alpha"], told["tau"]) == (kind, 0.5, 2.0)
+    assert (told["kind"], told["tau"]) == (kind, 2.0)
     assert len(told["teacher_sha256"]) == 64
+    assert run.records[0].detail["recipe"]["distillation_alpha"] == 0.5
 
 
 def test_a_teacher_for_other_classes_is_refused(toy_data, tmp_path, net):
     with pytest.raises(ReplivitError, match="teacher answers for 7 classes, the model for 4"):
         train(
             net(), toy_data, RECIPE, image_size=16, out=tmp_path, quiet=True,
-            objective=Distillation(nn.Sequential(nn.Flatten(), nn.Linear(768, 7))),
+            objective=Distillation(nn.Sequential(nn.Flatten(), nn.Linear(768, 7)), "soft"),
+        )  # fmt: skip
+
+
+def test_how_to_distil_must_be_said(toy_data, tmp_path, net):
+    with pytest.raises(ReplivitError, match="does not say how to distil"):
+        train(
+            net(), toy_data, RECIPE, image_size=16, out=tmp_path, quiet=True,
+            objective=Distillation(net()),
+        )  # fmt: skip
+
+
+def test_a_teacher_of_another_normalisation_is_refused(toy_data, tmp_path, net):
+    teacher = net()
+    teacher.pretrained_cfg = {
+        "input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5),
+        "interpolation": "bicubic", "crop_pct": 1.0,
+    }  # fmt: skip
+    with pytest.raises(ReplivitError, match=r"teacher wants images of mean \(0.5, 0.5, 0.5\)"):
+        train(
+            net(), toy_data, RECIPE, image_size=16, out=tmp_path, quiet=True,
+            objective=Distillation(teacher, "hard"),
         )  # fmt: skip
 
 
@@ -126,13 +149,6 @@ class Halves(Objective):
 class Whole(Objective):
     def loss(self, model, images, targets, context):
         return cross_entropy(model(images), targets)
-
-
-class Flat(nn.Sequential):
-    """No norm, no dropout: passes can be split without changing gradients."""
-
-    def __init__(self):
-        super().__init__(nn.Flatten(), nn.Linear(768, 16), nn.GELU(), nn.Linear(16, 4))
 
 
 def test_a_step_of_ones_own_adds_gradients_up(toy_data, tmp_path):
@@ -181,5 +197,5 @@ def test_an_objective_may_train_parameters_of_its_own(toy_data, tmp_path):
         out=tmp_path, quiet=True, objective=objective, callbacks=[Watch()], evaluate=False,
     )  # fmt: skip
     assert rates == 4 * [[1e-3, 1e-3, 0.5]]
-    assert abs(objective.factor.item() - 2.0) > 0.1 
+    assert abs(objective.factor.item() - 2.0) > 0.1
     assert run.history[0]["factor"] > 0

@@ -74,7 +74,7 @@ def test_a_file_extends_another(tmp_path):
 def test_changed_is_checked():
     recipe = Recipe()
     assert recipe.changed(lr=2e-3).lr == 2e-3 and recipe.lr == 1e-3
-    with pytest.raises(ReplivitError, match="no such key; known: .*lr"):
+    with pytest.raises(ReplivitError, match=r"no such key; known: .*lr"):
         recipe.changed(learning_rate=1)
     with pytest.raises(ReplivitError, match="epochs"):
         recipe.changed(epochs=0)
