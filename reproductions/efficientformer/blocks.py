@@ -24,7 +24,7 @@ def to_pair(size: Size) -> tuple[int, int]:
 
 
 def relative_position_index(height: int, width: int) -> Tensor:
-    """Which entry of a head's bias table belongs to each pair of tokens: `(N, N)`, N = height*width.
+    """The entry of the bias table for each pair of tokens: `(N, N)`, N = height * width.
 
     A bias depends on the distances |dy| and |dx| only. The official code numbers the distances as
     they appear in a double loop over tokens; the first token already meets all of them row by row,
@@ -283,7 +283,7 @@ def stem(in_chs: int, out_chs: int, strides: tuple[int, int] = (2, 2)) -> nn.Seq
 
 
 class Embedding(nn.Module):
-    """A strided convolution and a batch norm between two stages: `(B, C, H, W)` to half the size."""
+    """A strided convolution and a batch norm between two stages; the map halves: `(B, C, H, W)`."""
 
     def __init__(
         self,

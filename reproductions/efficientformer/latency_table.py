@@ -128,7 +128,7 @@ def measure_table(
             image = image.contiguous(memory_format=torch.channels_last)
         deployed = deploy(module, example_inputs=(image,)).to(device)
         calls[key] = _call(deployed, image.to(device))
-    timings = _time(calls, threads, device, effort)
+    timings = time_interleaved(calls, threads, device, effort)
     return LatencyTable(
         {key: timing.median for key, timing in timings.items()},
         {
@@ -139,7 +139,7 @@ def measure_table(
     )  # fmt: skip
 
 
-def _time(
+def time_interleaved(
     calls: dict[str, Callable[[], object]], threads: int, device: str, effort: Effort
 ) -> dict[str, Timing]:
     """Interleaved timing. One thread is timed by its CPU time, which equals latency where nothing
@@ -153,7 +153,7 @@ def _time(
         torch.set_num_threads(before)
 
 
-def _call(module: nn.Module, image: torch.Tensor):
+def _call(module: nn.Module, image: torch.Tensor) -> Callable[[], object]:
     return lambda: module(image)
 
 
@@ -171,5 +171,5 @@ def measure_networks(
     for index, architecture in enumerate(architectures):
         network = deploy(architecture.build(**supernet.build_options), supernet.image_size)
         calls[str(index)] = _call(network.to(device), torch.randn(shape).to(device))
-    timings = _time(calls, threads, device, Effort(budget_s=budget_s, warm_up_s=0.2))
+    timings = time_interleaved(calls, threads, device, Effort(budget_s=budget_s, warm_up_s=0.2))
     return [(one.median, one.interval) for one in timings.values()]

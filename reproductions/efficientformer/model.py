@@ -199,5 +199,6 @@ class EfficientFormer(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers in order, for layer-wise learning rates."""
-        blocks = r"^network\.(\d+)" if coarse else r"^network\.(\d+)\.?(\d+)?"
-        return dict(stem=r"^patch_embed", blocks=[(blocks, None), (r"^norm", (99999,))])
+        stage, block = r"^network\.(\d+)", r"^network\.(\d+)\.(\d+)"
+        blocks = [(stage, None)] if coarse else [(block, None), (stage, (0,))]
+        return dict(stem=r"^patch_embed", blocks=[*blocks, (r"^norm", (99999,))])

@@ -113,7 +113,7 @@ def slim(
 
 
 def scale_uniformly(start: Architecture, target_s: float, table: LatencyTable) -> Architecture:
-    """The rival: all widths times one factor (rounded to 16), the widest within the target.
+    """The rival: all widths of `start` times one factor (to multiples of 16), the widest in time.
 
     Raises:
         ReplivitError: even 16 channels everywhere are too slow.

@@ -61,6 +61,13 @@ class Architecture:
         kinds = ("4d" if stage < early else "3d" for stage in range(len(depths)))
         return cls(tuple(widths), tuple((kind,) * n for kind, n in zip(kinds, depths, strict=True)))
 
+    @classmethod
+    def by_hand(cls, widths: Sequence[int], depths: Sequence[int]) -> Architecture:
+        """What one would draw without a search: 4D blocks, and one 3D block at the very end."""
+        paths = [["4d"] * depth for depth in depths]
+        paths[-1][-1] = "3d"
+        return cls(tuple(widths), tuple(tuple(stage) for stage in paths))
+
     def blocks(self) -> Iterator[tuple[int, int, Path]]:
         """(stage, position, kind) of each block that is left, in order."""
         for stage, paths in enumerate(self.paths):

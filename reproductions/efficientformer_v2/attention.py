@@ -88,7 +88,9 @@ class BiasedAttention(nn.Module):
 
 
 class Attention4D(BiasedAttention):
-    """Multi-head attention on a map, with locality and talking heads (Sec. 3.2-3.3).
+    """Multi-head attention on a map, with locality and talking heads.
+
+    Table 1, rows 6 to 8; official code: `Attention4D`.
 
     Queries, keys and values are 1x1 convolutions; a depthwise 3x3 convolution of the values is
     added to the result. Heads are mixed before and after the softmax. Head dimensions do not
@@ -175,7 +177,7 @@ class Attention4D(BiasedAttention):
 class LGQuery(nn.Module):
     """Queries of the down-sampler: every second pixel, plus a strided depthwise convolution.
 
-    `(B, in_dim, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))` (Sec. 3.4; official code:
+    `(B, in_dim, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))` (official code:
     `LGQuery`, whose average pool of kernel 1 and stride 2 is the slice below).
     """
 
@@ -198,7 +200,9 @@ class LGQuery(nn.Module):
 
 
 class Attention4DDownsample(BiasedAttention):
-    """Attention whose queries stand on every second pixel (Sec. 3.4).
+    """Attention whose queries stand on every second pixel.
+
+    Table 1, row 9; official code: `Attention4DDownsample`.
 
     It halves the map and changes the width. There are no talking heads, so the fused attention
     kernel serves, with the position bias as its mask.

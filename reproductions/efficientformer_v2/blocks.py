@@ -18,7 +18,7 @@ from reproductions.efficientformer_v2.layers import (
 class Stem(nn.Module):
     """Two 3x3 convolutions with norm and GELU: `(B, 3, H, W) -> (B, dim, H / s, W / s)`.
 
-    `stride` is s: 4 in the paper (Sec. 3.1), 2 for images of 32 pixels (the first one strides).
+    `stride` is s: 4 in the paper, 2 for images of 32 pixels (the first one strides).
     """
 
     def __init__(self, dim: int, stride: int = 4) -> None:
@@ -37,7 +37,9 @@ class Stem(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The unified feed-forward network (Sec. 3.1): 1x1, depthwise 3x3 and 1x1 convolution.
+    """The unified feed-forward network: 1x1, depthwise 3x3 and 1x1 convolution.
+
+    Table 1, row 3; official code: `Mlp` with `mid_conv=True`.
 
     Each is normalised; GELU follows the first two. The depthwise convolution inside replaces the
     local token mixer of the first EfficientFormer. `(B, C, H, W) -> (B, C, H, W)`.
@@ -107,7 +109,7 @@ class Embedding(nn.Module):
     """Down-sampling: a strided 3x3 convolution, and in the dual path an attention beside it.
 
     `(B, dim, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))`. The sum of both paths is used
-    between the last two stages (Sec. 3.4; official code: `Embedding` with `asub=True`).
+    between the last two stages (Table 1, row 9; official code: `Embedding` with `asub=True`).
     """
 
     def __init__(

@@ -171,12 +171,16 @@ def _timed(rows: list[dict[str, Any]], mixer: bool) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _setting(row: dict[str, Any]) -> str:
+    """The batch of a timed row, and how the timing went if not well."""
+    return f"batch {row['batch']}" + (f", {row['status']}" if row["status"] != "ok" else "")
+
+
 def _mixer_findings(rows: list[dict[str, Any]]) -> list[Finding]:
     timed = _timed(rows, mixer=True)
     faster = all(row["ratio_high"] < 1 for row in timed)
     text = ", ".join(
-        f"{row['latency_ratio']:.2f} at {row['image_size']} px (batch {row['batch']})"
-        for row in timed
+        f"{row['latency_ratio']:.2f} at {row['image_size']} px ({_setting(row)})" for row in timed
     )
     findings = [
         Finding(
@@ -224,7 +228,7 @@ def _network_findings(rows: list[dict[str, Any]]) -> list[Finding]:
                 f"time at {smallest} px, strided over full: "
                 + ", ".join(
                     f"{row['what']} {row['latency_ratio']:.2f} "
-                    f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}] (batch {row['batch']})"
+                    f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}] ({_setting(row)})"
                     for row in timed
                 ),
             )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from harness.deployment import batch_norm_affine, fold_before
@@ -158,7 +158,6 @@ class EfficientFormerV2(nn.Module):
         arch = architecture
 
         self.stem = Stem(arch.widths[0], arch.stem_stride)
-        drop_path = calculate_drop_path_rates(drop_path_rate, list(arch.depths), stagewise=True)
         heads = {"num_heads": arch.num_heads, "attn_ratio": arch.attn_ratio}
         size = tuple(side // arch.stem_stride for side in self.image_size)
         stages = []
@@ -170,12 +169,13 @@ class EfficientFormerV2(nn.Module):
                     arch.widths[stage - 1], dim, size, dual_path=stage == 3, **dual
                 )
                 size = tuple(side // 2 for side in size)
+            before = sum(arch.depths[:stage])
             first_global = depth - arch.attention_blocks[stage - 2] if stage >= 2 else depth
             blocks = []
             for block in range(depth):
                 common = {
                     "mlp_ratio": arch.expansions[stage][block],
-                    "drop_path": drop_path[stage][block],
+                    "drop_path": drop_path_rate * (before + block) / (sum(arch.depths) - 1),
                     "layer_scale_init": layer_scale_init,
                 }
                 if block < first_global:

@@ -1,4 +1,4 @@
-"""The fine-grained joint search on size and latency (Sec. 4).
+"""The fine-grained joint search on size and latency.
 
 From the whole supernet downwards: of all small steps the one that costs the least accuracy per
 point of Mobile Efficiency Score is taken, until the target is met. Parameters are counted, latency
@@ -43,11 +43,10 @@ class Cost:
 class MobileEfficiency:
     """Mobile Efficiency Score: `100 * prod_i (M_i / U_i) ** -alpha_i` over size and latency.
 
-    U_i is the unit that a cost is compared with and alpha_i its weight (Sec. 4.2, the score's
-    equation). The transcription that was read prints the exponent without its minus sign; only
-    with it do smaller costs score higher, as the text wants. The default exponents could not be
-    verified in the paper; see the notes in paper.yaml. Units scale all scores alike, so the search
-    does not depend on them.
+    U_i is the unit that a cost is compared with and alpha_i its weight. The transcription that was
+    read prints the exponent without its minus sign; only with it do smaller costs score higher, as
+    the text wants. The default exponents could not be verified in the paper; see the notes in
+    paper.yaml. Units scale all scores alike, so the search does not depend on them.
     """
 
     unit: Cost

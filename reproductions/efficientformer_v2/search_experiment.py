@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
 
-from harness import Conditions, ExperimentResult, Finding, ReplivitError, deploy
-from harness.data import AugmentedDataset, ImageDataset, create_transform, get_track, load_split
+from harness import Conditions, ExperimentResult, Finding, deploy
 from harness.evaluation import bits_of
 from harness.measurement.latency import Effort
 from harness.statistics import bootstrap_interval, mcnemar
@@ -28,62 +26,11 @@ from reproductions.efficientformer_v2.search import (
     scaled_widths,
     time_on_one_thread,
 )
-from reproductions.efficientformer_v2.supernet import SandwichRule, SearchSpace, Subnet, Supernet
+from reproductions.efficientformer_v2.search_setup import Images, Settings, choose_settings
+from reproductions.efficientformer_v2.supernet import SandwichRule, SearchSpace, Supernet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A scale of the experiment; every field is an option of it.
-
-    Attributes:
-        track, image_size: data and input side in pixels.
-        supernet_epochs, final_epochs: training length of the supernet and of the final networks.
-        seeds: of the final trainings.
-        target: latency of the network searched for, as a part of the supernet's.
-        search_images: images of the test split that steer the search; the others judge.
-        random_subnets: how many random sub-networks the walk is compared with.
-        latency_batch: images per call when latency is measured.
-        layer_scale_init: 1e-5 in the paper; a short training needs branches that can be felt.
-    """
-
-    space: SearchSpace
-    track: str
-    image_size: int
-    supernet_epochs: int
-    final_epochs: int
-    seeds: tuple[int, ...] = (0,)
-    target: float = 0.5
-    search_images: int = 1000
-    random_subnets: int = 40
-    latency_batch: int = 1
-    batch_size: int | None = None
-    layer_scale_init: float = 1e-5
-    device: str = "cpu"
-    root: str | None = None
-
-
-SCALES = {
-    "small": Settings(
-        SearchSpace(
-            widths=((16, 32), (32, 48), (48, 64, 80), (64, 80, 96)), depths=(2, 2, 3, 3),
-            num_heads=4, key_dim=16, attn_ratio=2, stem_stride=2,
-        ),
-        track="fashion_mini", image_size=32, supernet_epochs=4, final_epochs=4,
-        latency_batch=32, layer_scale_init=0.1,
-    ),
-    # the size of the paper's search; its exact space is not published, this one is ours
-    "paper": Settings(
-        SearchSpace(
-            widths=((32, 48), (48, 64, 80), (96, 128, 160, 192), (176, 224, 288, 384)),
-            depths=(5, 5, 15, 10),
-        ),
-        track="imagenet", image_size=224, supernet_epochs=300, final_epochs=300, target=0.35,
-        search_images=10_000, device="cuda",
-    ),
-}  # fmt: skip
 
 
 def search(scale: str = "small", seed: int = 0, **options: Any) -> ExperimentResult:
@@ -100,8 +47,8 @@ def search(scale: str = "small", seed: int = 0, **options: Any) -> ExperimentRes
             `seeds`, `target`, `search_images`, `random_subnets`, `latency_batch`, `batch_size`,
             `layer_scale_init`, `device`, `root`, `space`.
     """
-    settings = _settings(scale, options)
-    images = _Images(settings)
+    settings = choose_settings(scale, options)
+    images = Images(settings)
     supernet = _train_supernet(settings, seed, images.num_classes)
     table = CostTable.measure(
         settings.space, settings.image_size, images.num_classes,
@@ -129,62 +76,6 @@ def search(scale: str = "small", seed: int = 0, **options: Any) -> ExperimentRes
     )  # fmt: skip
 
 
-def _settings(scale: str, options: dict[str, Any]) -> Settings:
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
-    known = [one.name for one in fields(Settings)]
-    for name in options:
-        if name not in known:
-            raise ReplivitError(
-                f"the search takes no option {name!r}; it takes: {', '.join(known)}"
-            )
-    if isinstance(options.get("space"), dict):
-        options["space"] = SearchSpace(**options["space"])
-    if isinstance(options.get("seeds"), int):
-        options["seeds"] = (options["seeds"],)
-    settings = replace(SCALES[scale], **options)
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ReplivitError("no CUDA device is available; say device=cpu, or use scale small")
-    if not 0 < settings.target < 1:
-        raise ReplivitError("target is a part of the supernet's latency, between 0 and 1")
-    return settings
-
-
-class _Images:
-    """The test split in two parts: images that steer the search, and images that judge."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.data: ImageDataset = load_split(settings.track, "test", root=settings.root)
-        self.num_classes = len(self.data.classes)
-        every = max(2, len(self.data) // settings.search_images)
-        self.steering = np.zeros(len(self.data), dtype=bool)
-        self.steering[::every] = True
-        self.parts = {
-            "search": self._batches(np.flatnonzero(self.steering)),
-            "judge": self._batches(np.flatnonzero(~self.steering)),
-        }
-
-    def _batches(self, indices: np.ndarray) -> DataLoader | list:
-        spec = get_track(self.settings.track).input
-        transform = create_transform(spec, self.settings.image_size)
-        data = Subset(AugmentedDataset(self.data, transform, seed=0), indices.tolist())
-        if self.settings.image_size > 64:  # too large to keep
-            return DataLoader(data, batch_size=256, num_workers=8)
-        return list(DataLoader(data, batch_size=250))
-
-    @torch.inference_mode()
-    def accuracy(self, supernet: Supernet, subnet: Subnet, part: str) -> float:
-        """Top-1 in % of a sub-network with the supernet's weights."""
-        supernet.eval().select(subnet)
-        device = next(supernet.parameters()).device
-        right = total = 0
-        for batch, labels in self.parts[part]:
-            found = supernet(batch.to(device)).argmax(dim=1).cpu()
-            right, total = right + int((found == labels).sum()), total + len(labels)
-        return 100 * right / total
-
-
 def _recipe(settings: Settings) -> dict[str, Any]:
     return {"batch_size": settings.batch_size} if settings.batch_size else {}
 
@@ -208,14 +99,22 @@ def _row(what: str, cost: Cost, architecture: Architecture, **columns: Any) -> d
     return {
         "what": what, "action": None, "mes": None, "top1_search": None, "top1_shared": None,
         "top1_scratch": None, "params": int(cost.params), "ms": round(1e3 * cost.latency, 4),
-        "widths": list(architecture.widths), "depths": list(architecture.depths),
-        "expansions": [list(one) for one in architecture.expansions],
-        "attention": list(architecture.attention_blocks),
+        "architecture": in_words(architecture),
     } | columns  # fmt: skip
 
 
+def in_words(architecture: Architecture) -> str:
+    """Width, expansions and number of global blocks of each stage: `32: 4 4 | ... | 96: 3 (1)`."""
+    counts = (0, 0, *architecture.attention_blocks)
+    stages = zip(architecture.widths, architecture.expansions, counts, strict=True)
+    return " | ".join(
+        f"{width}: {' '.join(f'{ratio:g}' for ratio in ratios)}" + f" ({count})" * (count > 0)
+        for width, ratios, count in stages
+    )
+
+
 def _walk_rows(
-    space: SearchSpace, steps: list[Step], images: _Images, supernet: Supernet
+    space: SearchSpace, steps: list[Step], images: Images, supernet: Supernet
 ) -> list[dict[str, Any]]:
     return [
         _row(
@@ -228,7 +127,7 @@ def _walk_rows(
 
 
 def _random_rows(
-    settings: Settings, seed: int, images: _Images, supernet: Supernet, cost: CostTable,
+    settings: Settings, seed: int, images: Images, supernet: Supernet, cost: CostTable,
     score: MobileEfficiency, highest: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Random sub-networks that score between the supernet and the walk's end."""
@@ -290,7 +189,7 @@ class Duel:
     latency_ratio: float
 
 
-def _duel(settings: Settings, found: Architecture, images: _Images) -> Duel:
+def _duel(settings: Settings, found: Architecture, images: Images) -> Duel:
     uniform, seconds = _equally_fast(settings, found, images.num_classes)
     rows, bits = [], {"found": [], "uniform": []}
     for name, architecture in {"found": found, "uniform": uniform}.items():

@@ -1,4 +1,4 @@
-"""The supernet of the joint search: one set of weights, many networks (Sec. 4.1-4.2).
+"""The supernet of the joint search: one set of weights, many networks.
 
 A sub-network takes the leading channels of every shared weight, but each width owns its batch
 norms (switchable norms). In stages 3 and 4 every block of the supernet has an attention, so that
@@ -218,7 +218,7 @@ class ElasticLinear(nn.Linear):
 class Supernet(EfficientFormerV2):
     """All sub-networks of a search space in one module; `select` says which one it is.
 
-    `drop_path_rate` makes it robust to missing blocks (stochastic depth, Sec. 4.1).
+    `drop_path_rate` makes it robust to missing blocks (stochastic depth).
     """
 
     def __init__(
@@ -330,7 +330,7 @@ def _share(layer: nn.Conv2d, kind: type[nn.Conv2d]) -> nn.Conv2d:
 
 
 class SandwichRule(Objective):
-    """Each step trains the largest, the smallest and two random sub-networks (Sec. 4.2).
+    """Each step trains the largest, the smallest and two random sub-networks.
 
     Their gradients add up for one update. A random network is drawn from Python's generator, which
     the trainer seeds for each step, so that a resumed run draws the same ones.

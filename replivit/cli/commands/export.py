@@ -39,7 +39,7 @@ def export(
 
     The file takes float32 images (B, 3, H, W), normalised as `replivit info` says, with any batch
     size. It is read back and compared with the model before it gets its name; ONNX is
-    compared where onnxruntime is installed. ONNX needs the extra: pip install 'replivit[export]'.
+    compared where onnxruntime is installed. ONNX needs the extra `export`.
     """
     from harness import checkpoints, registry
     from harness.deployment import deploy as fold
