@@ -131,7 +131,7 @@ def _discover() -> dict[str, Paper]:
             if paper.key in papers:
                 taken = papers[paper.key].package
                 paper = Paper(
-                    f"{paper.key}@{package}", paper.directory, paper.package, None,
+                    f"{paper.key}@{paper.package}", paper.directory, paper.package, None,
                     f"the key {paper.key!r} is already used by {taken}",
                 )  # fmt: skip
             papers[paper.key] = paper

@@ -45,11 +45,10 @@ def test_program_computes_the_same_for_any_batch(tmp_path):
 
 def test_command_writes_the_deployed_form(tmp_path):
     target = tmp_path / "vit.pt2"
-    arguments = ["export", "vit_micro", str(target), "--deploy", "--set", "depth=1"]
-    result = CliRunner().invoke(app, [*arguments, "--image-size", "16"])
+    result = CliRunner().invoke(app, ["export", "vit_micro", str(target), "--deploy"])
     assert result.exit_code == 0, result.output
     assert "equal to the model" in result.stdout
-    logits = torch.export.load(target).module()(torch.randn(4, 3, 16, 16))
+    logits = torch.export.load(target).module()(torch.randn(4, 3, 32, 32))
     assert logits.shape == (4, 10)
 
 

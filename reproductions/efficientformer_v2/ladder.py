@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PAPER = "efficientformer_v2"
 DEPTHS, WIDTHS = (3, 2, 6, 4), (48, 96, 224, 448)  # of EfficientFormer-L1, where the ladder starts
-NOT_PRINTED = "depths and widths of this row are not printed in what could be read"
+NOT_PRINTED = "depths and widths are not printed"
 
 
 class TokenAttention(nn.Module):

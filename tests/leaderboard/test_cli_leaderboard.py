@@ -24,7 +24,7 @@ def case(tmp_path, home, monkeypatch):
     registry._variant_table.cache_clear()
     RecordStore().append(store.load())
     monkeypatch.setattr("leaderboard.site.all_figures", lambda board: {})  # seconds a time
-    monkeypatch.setattr(console.out, "width", 200)
+    monkeypatch.setattr(console.out, "_width", 200)
     yield home
     registry._variant_table.cache_clear()
 

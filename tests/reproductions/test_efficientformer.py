@@ -1,0 +1,524 @@
+"""EfficientFormer against the authors' outputs, counts and timm's twin."""
+
+import copy
+import zlib
+
+import pytest
+import timm
+import torch
+from golden_tools import (
+    assert_matches,
+    filled_state_dict,
+    golden_cases,
+    golden_input,
+    load_golden,
+)
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import harness
+from reproductions.efficientformer import blocks
+from reproductions.efficientformer.convert import from_official
+from reproductions.efficientformer.model import EfficientFormer
+
+SIZES = ["l1", "l3"]
+
+
+def load_filled(model: nn.Module, entries: list, fill: str) -> nn.Module:
+    """`model` with a fixture's weights, converted from the authors' names and loaded strictly."""
+    model.load_state_dict(from_official(filled_state_dict(entries, fill)))
+    return model
+
+
+def official(size: str, mode: str = "eval") -> nn.Module:
+    fixture = load_golden(f"efficientformer/{size}")
+    model = load_filled(
+        harness.build(f"efficientformer_{size}"), fixture["state_dict"], fixture["fill"]
+    )
+    return model.train(mode == "train")
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def filled(request):
+    """(fixture, filled model in eval mode, features of the fixture's input)."""
+    fixture, model = load_golden(f"efficientformer/{request.param}"), official(request.param)
+    with torch.inference_mode():
+        features = model.forward_features(golden_input([2, 3, 224, 224]))
+    return fixture, model, features
+
+
+def case_of(fixture: dict, kind: str) -> dict:
+    return next(case for case in fixture["cases"] if case["kind"] == kind)
+
+
+# ---- the whole network against the authors' numbers --------------------------------------------
+
+
+def test_eval_logits_and_each_head(filled):
+    fixture, model, features = filled
+    with torch.inference_mode():
+        pooled = model.forward_head(features, pre_logits=True)
+        assert_matches(model.forward_head(features), case_of(fixture, "logits"))
+        assert_matches(model.head(pooled), case_of(fixture, "head"))
+        assert_matches(model.dist_head(pooled), case_of(fixture, "dist_head"))
+
+
+def test_features_of_every_stage(filled):
+    fixture, model, _ = filled
+    case = case_of(fixture, "intermediates")
+    seen = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: seen.__setitem__(name, output)
+        )
+        for name in case["features"]
+    ]
+    with torch.inference_mode():
+        model(golden_input(case["input_shape"]))
+    for handle in handles:
+        handle.remove()
+    assert len(seen) == len(case["features"]) >= 8
+    for name, expected in case["features"].items():
+        assert_matches(seen[name], expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_training_returns_both_heads_and_the_authors_gradients(size):
+    fixture = load_golden(f"efficientformer/{size}")
+    model = official(size, "train")
+    logits, distilled = model(golden_input([2, 3, 224, 224]))
+    assert_matches(logits, case_of(fixture, "train_cls"))
+    assert_matches(distilled, case_of(fixture, "train_dist"))
+    for name, expected in case_of(fixture, "train_cls")["bn_after_one_forward"].items():
+        buffer = model.get_buffer(name).double()
+        assert float(buffer.sum()) == pytest.approx(expected["sum"], rel=1e-5)
+        assert float(buffer.norm()) == pytest.approx(expected["l2"], rel=1e-5)
+
+    case = case_of(fixture, "grad")
+    labels, teacher = (torch.tensor(case["extra"][name]) for name in ("labels", "teacher_labels"))
+    loss = nn.functional.cross_entropy(logits, labels) / 2
+    loss = loss + nn.functional.cross_entropy(distilled, teacher) / 2
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(case["loss"], rel=1e-4)
+    for name, norm in case["grad_l2"].items():
+        grad = model.get_parameter(name).grad.double()
+        assert float(grad.norm()) == pytest.approx(norm, rel=1e-4), name
+        assert abs(float(grad.sum()) - case["grad_sum"][name]) <= 1e-4 * norm * grad.numel() ** 0.5
+    total = sum(float(one.grad.double().square().sum()) for one in model.parameters()) ** 0.5
+    assert total == pytest.approx(case["total_grad_l2"], rel=1e-4)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_state_dict_has_the_authors_names_in_their_order(size):
+    entries = load_golden(f"efficientformer/{size}")["state_dict"]
+    expected = [[n, s] for n, s, _ in entries if not n.endswith("attention_bias_idxs")]
+    model = harness.build(f"efficientformer_{size}")
+    assert [[n, list(t.shape)] for n, t in model.state_dict().items()] == expected
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_index_tables_are_the_official_ones(size):
+    for table in load_golden(f"efficientformer/{size}")["index_tables"]:
+        index = blocks.relative_position_index(7, 7)
+        assert list(index.shape) == table["shape"]
+        assert zlib.crc32(index.numpy().astype("<i8").tobytes()) == table["crc32_int64_le"]
+
+
+@pytest.mark.parametrize("height,width", [(1, 1), (2, 5), (4, 3), (7, 7)])
+def test_index_numbers_distances_in_order_of_appearance(height, width):
+    points = [(y, x) for y in range(height) for x in range(width)]
+    numbers, expected = {}, []
+    for a in points:
+        for b in points:
+            offset = (abs(a[0] - b[0]), abs(a[1] - b[1]))
+            expected.append(numbers.setdefault(offset, len(numbers)))
+    assert blocks.relative_position_index(height, width).flatten().tolist() == expected
+
+
+# ---- single modules ------------------------------------------------------------------------------
+
+MAKERS = {
+    "Attention": blocks.Attention,
+    "Pooling": blocks.Pooling,
+    "Meta4D": blocks.Meta4D,
+    "Meta3D": blocks.Meta3D,
+    "Embedding": blocks.Embedding,
+    "stem": blocks.stem,
+}
+
+
+@pytest.mark.parametrize("case", golden_cases("efficientformer/modules"))
+def test_module(case):
+    module = load_filled(
+        MAKERS[case["class"]](**case["kwargs"]), case["state_dict"], case["fill"]
+    ).train(case["mode"] == "train")
+    assert_matches(module(golden_input(case["input_shape"])), case)
+
+
+def test_fused_and_plain_attention_agree():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, 4, 9, 16)
+    v, bias = torch.randn(2, 4, 9, 24), torch.randn(4, 9, 9)
+    plain = blocks.attend(q, k, v, bias, fused=False)
+    assert torch.allclose(blocks.attend(q, k, v, bias, fused=True), plain, atol=1e-6)
+    assert not torch.allclose(blocks.attend(q, k, v, bias + bias.mT, fused=False), plain, atol=1e-2)
+
+
+# ---- counts --------------------------------------------------------------------------------------
+
+#: Convolution + linear + attention products, measured on the official models.
+PRODUCTS = {"l1": 1_291_284_736, "l3": 3_906_573_312, "l7": 10_119_325_696}
+#: All parameters; what the official counter prints for parameters and MACs.
+COUNTS = {
+    "l1": (12_289_928, 12_250_227, 1_300_053_440),
+    "l3": (31_406_000, 31_330_131, 3_925_848_064),
+    "l7": (82_229_328, 82_106_483, 10_159_032_832),
+}
+
+
+@pytest.mark.parametrize("size", PRODUCTS)
+def test_counts(size):
+    variant = harness.get_variant(f"efficientformer_{size}")
+    with torch.device("meta"):
+        model = variant.paper.resolve(variant.spec.build)(
+            num_classes=1000, image_size=224, **variant.spec.args
+        ).eval()
+    image = torch.empty(1, 3, 224, 224, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    assert counter.get_total_flops() == 2 * PRODUCTS[size]
+    parameters, published_parameters, published_macs = COUNTS[size]
+    assert sum(one.numel() for one in model.parameters()) == parameters
+    assert variant.hook("paper_params")(model) == published_parameters
+    assert variant.hook("paper_macs")(model, 224) == published_macs
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_counts_are_the_fixtures(size):
+    fixture = load_golden(f"efficientformer/{size}")
+    detail = fixture["params_detail"]
+    assert COUNTS[size] == (
+        fixture["params"], detail["official_counter_params"], fixture["macs_official"]
+    )  # fmt: skip
+    model = harness.build(f"efficientformer_{size}")
+    for name, count in fixture["params_by_module"].items():
+        own = sum(one.numel() for one in model.get_submodule(name).parameters())
+        assert own == count, name
+    single = harness.build(f"efficientformer_{size}", distillation=False)
+    assert sum(one.numel() for one in single.parameters()) == detail["single_head_model"]
+    norms = [one for one in model.modules() if isinstance(one, nn.BatchNorm2d)]
+    affine = sum(one.weight.numel() + one.bias.numel() for one in norms)
+    assert fixture["params"] - affine == detail["without_batchnorm2d"]
+
+
+def test_micro_fits_the_small_track():
+    model = harness.build("efficientformer_micro").eval()
+    kinds = [type(one) for one in model.modules()]
+    assert kinds.count(blocks.Meta4D) == 6 and kinds.count(blocks.Meta3D) == 1
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert counter.get_total_flops() / 2 <= 30e6
+    assert sum(one.numel() for one in model.parameters()) <= 600_000
+
+
+def test_published_rows_are_complete_and_point_at_variants():
+    facts = harness.get_paper("efficientformer").facts
+    assert len(facts.published) == 116
+    tops = {
+        (row.of, row.value) for row in facts.published
+        if row.metric == "top1" and row.source == "official README"
+    }  # fmt: skip
+    assert tops == {
+        ("efficientformer_l1", 79.2), ("efficientformer_l1", 80.2),
+        ("efficientformer_l3", 82.4), ("efficientformer_l7", 83.3),
+    }  # fmt: skip
+    printed = {
+        (row.of, row.metric): row.value
+        for row in facts.published
+        if row.against in ("params_paper", "macs_paper")
+    }
+    for size, (_, params, macs) in COUNTS.items():
+        assert printed[f"efficientformer_{size}", "params_m"] == round(params / 1e6, 1)
+        assert printed[f"efficientformer_{size}", "macs_g"] == round(macs / 1e9, 1)
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_timm_checkpoint_gives_timms_logits(distilled):
+    torch.manual_seed(0)
+    twin = timm.create_model("efficientformer_l1", num_classes=10).eval()
+    for parameter in twin.parameters():  # away from zero biases and layer scales of 1e-5
+        nn.init.normal_(parameter, std=0.1 if parameter.ndim == 1 else 0.05)
+    state = twin.state_dict()
+    if not distilled:
+        twin.head_dist = twin.head
+        state = {name: one for name, one in state.items() if not name.startswith("head_dist")}
+    model = harness.build("efficientformer_l1", num_classes=10, distillation=distilled).eval()
+    model.load_state_dict(from_official(state))
+    image = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        ours, theirs = model(image), twin(image)
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_official_checkpoint_loads_from_a_wrapped_file(tmp_path):
+    model = harness.build("efficientformer_l1", num_classes=10)
+    state = dict(model.state_dict())
+    state["network.6.4.token_mixer.attention_bias_idxs"] = torch.zeros(49, 49, dtype=torch.long)
+    torch.save({"model": state, "epoch": 299}, tmp_path / "l1.pth")
+    loaded = harness.load_official("efficientformer_l1", tmp_path / "l1.pth", num_classes=10)
+    assert not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_checkpoint_of_another_size_is_refused_in_one_sentence():
+    with torch.device("meta"):
+        other = EfficientFormer([4, 4, 12, 6], [64, 128, 320, 512], 4)
+    state = {name: torch.zeros(one.shape) for name, one in other.state_dict().items()}
+    with pytest.raises(harness.ReplivitError) as error:
+        harness.load_official("efficientformer_l1", state)
+    assert "\n" not in str(error.value) and "efficientformer_l1" in str(error.value)
+
+
+# ---- the bias map is never stale -----------------------------------------------------------------
+
+
+def small(**options) -> EfficientFormer:
+    """A network with large layer scales and linears, so that attention shows in the logits."""
+    torch.manual_seed(0)
+    options = {"layer_scale_init_value": 1.0, "distillation": False, **options}
+    model = EfficientFormer(
+        [1, 1, 2], [16, 16, 32], 1, 5, 32, strides=(2, 1), key_dim=8, num_heads=2, attn_ratio=2,
+        **options,
+    )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.3)
+    return model
+
+
+IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def biased(model: EfficientFormer) -> EfficientFormer:
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    table = model.network[4][-1].token_mixer.attention_biases
+    with torch.no_grad():
+        table.copy_(3 * torch.randn(table.shape, generator=generator))
+    return model
+
+
+def reload_in_eval(model, target):
+    model.eval()(IMAGE)
+    model.load_state_dict(target.state_dict())
+    return model
+
+
+def copied_after_use(model, target):
+    model.eval()(IMAGE)
+    return reload_in_eval(copy.deepcopy(model), target)
+
+
+def averaged(model, target):
+    ema = ModelEmaV3(model.eval(), decay=0.0)
+    ema.module(IMAGE)
+    ema.update(target)
+    return ema.module
+
+
+def written_through_data(model, target):
+    model.eval()(IMAGE)
+    for own, other in zip(model.parameters(), target.parameters(), strict=True):
+        own.data.copy_(other.data)
+    return model
+
+
+def moved(model, target):
+    model.eval()(IMAGE)
+    model.load_state_dict(target.state_dict())
+    return model.double().float()
+
+
+@pytest.mark.parametrize(
+    "way", [reload_in_eval, copied_after_use, averaged, written_through_data, moved]
+)
+def test_bias_map_follows_the_weights(way):
+    target = biased(small()).eval()
+    with torch.no_grad():
+        expected, before = target(IMAGE), small().eval()(IMAGE)
+        assert not torch.allclose(before, expected, atol=1e-3), "biases must matter here"
+        assert torch.equal(way(small(), target)(IMAGE), expected)
+
+
+def test_mode_switches_return_the_module():
+    attention = blocks.Attention(16, resolution=2)
+    assert attention.eval() is attention and attention.train() is attention
+
+
+# ---- deployment ----------------------------------------------------------------------------------
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Norms, biases and scales away from their initial values, where folding would be invisible."""
+    generator = torch.Generator().manual_seed(5)
+    for name, tensor in model.state_dict().items():
+        if tensor.ndim == 1:
+            noise = 0.1 * torch.randn(tensor.shape, generator=generator)
+            tensor.copy_(noise + (1 if name.endswith(("norm.weight", "running_var")) else 0.5))
+    return model.eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"distillation": True}, {"token_mixer": "depthwise"}])
+def test_deployment_form_is_equal(options):
+    model = shaken(biased(small(**options)))
+    deployed = harness.deploy(model, 32)
+    with torch.inference_mode():
+        ours, reference = deployed(IMAGE), model(IMAGE)
+    assert (ours - reference).norm() <= 1e-5 * reference.norm()
+    kinds = [type(one) for one in deployed.modules()]
+    assert nn.BatchNorm2d not in kinds
+    assert deployed.dist_head is None
+    scales = [name for name, _ in deployed.named_parameters() if "layer_scale_2" in name]
+    assert not scales and len(dict(model.named_parameters())) > len(
+        dict(deployed.named_parameters())
+    )
+
+
+def test_deployment_form_of_l1_is_equal():
+    model = official("l1")
+    deployed = harness.deploy(model, 224)
+    image = golden_input([2, 3, 224, 224])
+    with torch.inference_mode():
+        assert_matches(deployed(image), case_of(load_golden("efficientformer/l1"), "logits"))
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [64, 100, (64, 96), 33])
+def test_other_image_sizes(size):
+    model = EfficientFormer([1, 1, 1, 2], [16, 16, 16, 16], 1, 4, size).eval()
+    height, width = (size, size) if isinstance(size, int) else size
+    tokens = -(-height // 32) * -(-width // 32)
+    image = torch.randn(1, 3, height, width)
+    with torch.no_grad():
+        assert model.forward_features(image).shape == (1, tokens, 16)
+        assert model(image).shape == (1, 4)
+
+
+def test_wrong_image_is_a_sentence():
+    with pytest.raises(ValueError, match=r"map of 4x4, the image gives 6x6.*image_size"):
+        small()(torch.zeros(1, 3, 48, 48))
+
+
+@pytest.mark.parametrize(
+    "arguments,sentence",
+    [
+        (dict(depths=[1, 2], widths=[16], num_3d=1), "2 depths, 1 widths"),
+        (dict(depths=[1, 2], widths=[16, 16], num_3d=3), "between 0 and the depths"),
+        (dict(depths=[1, 2], widths=[16, 16], image_size=0), "too small"),
+        (dict(depths=[1, 2], widths=[16, 16], token_mixer="none"), "known: pool, identity"),
+    ],
+)
+def test_impossible_networks_are_sentences(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        EfficientFormer(**arguments)
+
+
+def test_unknown_option_is_a_sentence():
+    with pytest.raises(harness.ReplivitError, match="takes no option 'resolution'"):
+        harness.build("efficientformer_l1", resolution=7)
+
+
+def test_deterministic_under_a_seed():
+    first, second, other = small(), small(), small()
+    torch.manual_seed(1)
+    other = EfficientFormer([1, 1, 2], [16, 16, 32], 1, 5, 32, strides=(2, 1))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
+    assert not torch.equal(first.patch_embed[0].weight, other.patch_embed[0].weight)
+
+
+def test_initialisation_is_the_authors():
+    torch.manual_seed(0)
+    model = EfficientFormer([1, 1, 1, 2], [64, 64, 64, 64], 1)
+    mlp, attention = model.network[0][0].mlp, model.network[6][-1].token_mixer
+    for weight in (mlp.fc1.weight, attention.qkv.weight, model.head.weight):
+        assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert float(model.network[1].proj.weight.detach().std()) == pytest.approx(
+        (64 * 9 * 3) ** -0.5, rel=0.1
+    )
+    assert float(model.network[0][0].layer_scale_1.detach().min()) == pytest.approx(1e-5)
+    zeros = (mlp.fc1.bias, attention.qkv.bias, attention.attention_biases, model.head.bias)
+    assert all(not one.any() for one in zeros)
+
+
+def test_drop_path_rises_linearly_over_all_blocks():
+    model = EfficientFormer([2, 1, 1, 2], [16] * 4, 1, drop_path_rate=0.5)
+    rates = [getattr(one.drop_path, "drop_prob", 0.0) for one in model.modules()
+             if isinstance(one, blocks.Block)]  # fmt: skip
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_attention_before_the_last_stage_goes_back_to_a_map():
+    model = EfficientFormer([1, 2], [16, 16], [1, 2], 3, 32, strides=(2, 2)).eval()
+    names = [type(one).__name__ for one in model.network[0]]
+    assert names == ["Flatten", "Meta3D", "Unflatten"]
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+# ---- what timm's scripts use ---------------------------------------------------------------------
+
+
+def test_timm_interface():
+    model = harness.build("efficientformer_l1", num_classes=7)
+    head, distilled = model.get_classifier()
+    assert head.out_features == distilled.out_features == 7
+    model.reset_classifier(0)
+    with torch.inference_mode():
+        features = model.eval()(torch.zeros(1, 3, 224, 224))
+    assert features.shape == (1, model.num_features) == (1, 448)
+    model.reset_classifier(3)
+    assert model.head.out_features == model.num_classes == 3
+    with pytest.raises(ValueError, match="pools by the mean"):
+        model.reset_classifier(3, "max")
+
+
+def test_distilled_training_can_be_switched_off():
+    model = small(distillation=True).train()
+    assert isinstance(model(IMAGE), tuple)
+    model.set_distilled_training(False)
+    assert model(IMAGE).shape == (2, 5)
+
+
+def test_weight_decay_groups_are_the_official_ones():
+    from timm.optim import param_groups_weight_decay
+
+    cases = load_golden("efficientformer/training")["cases"]
+    case = next(one for one in cases if one["fn"] == "weight_decay_groups")
+    assert case["in"]["factory"] == "efficientformer_l1"
+    model = harness.build("efficientformer_l1")
+    plain, decayed = param_groups_weight_decay(
+        model, 0.025, no_weight_decay_list=model.no_weight_decay()
+    )
+    expected = case["expected"]
+    assert len(decayed["params"]) == expected["decay_tensors"]
+    assert len(plain["params"]) == expected["no_decay_tensors"]
+    assert sum(one.numel() for one in decayed["params"]) == expected["decay_numel"]
+    assert sum(one.numel() for one in plain["params"]) == expected["no_decay_numel"]
+
+
+def test_group_matcher_puts_every_parameter_into_a_layer():
+    from timm.models import group_parameters
+
+    model = harness.build("efficientformer_l1")
+    layers = group_parameters(model, model.group_matcher())
+    names = {name for group in layers.values() for name in group}
+    assert names == {name for name, _ in model.named_parameters()}
+    assert len(layers) > 15

@@ -1,0 +1,484 @@
+"""EfficientFormerV2 against the authors' outputs, counts and timm's twin."""
+
+import copy
+import re
+import zlib
+
+import pytest
+import timm
+import torch
+from golden_tools import assert_matches, filled_state_dict, golden_cases, golden_input, load_golden
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn import functional as F
+
+import harness
+from harness.checkpoints import load_official
+from harness.measurement.macs import count_macs
+from harness.measurement.paper_counters import snap_profile
+from reproductions.efficientformer_v2 import attention, blocks, conventions
+from reproductions.efficientformer_v2.convert import from_official, our_name
+from reproductions.efficientformer_v2.model import ARCHITECTURES, efficientformer_v2
+
+FIXTURES = ["s0", "s2", "s0_r160"]
+SIZES = ["s0", "s1", "s2", "l"]
+#: DESIGN of the counts (dossier 3): all parameters, the authors' counter, conv + linear + matmul.
+COUNTS = {
+    "s0": (3_600_256, 3_534_553, 396_088_544, 395_893_000),
+    "s1": (6_185_560, None, None, 651_970_000),
+    "s2": (12_710_112, 12_551_405, 1_247_361_120, 1_246_864_000),
+    "l": (26_322_288, None, None, 2_552_547_000),
+}
+
+
+def official(fixture: dict, fill: str, **options) -> nn.Module:
+    """The fixture's variant with the authors' filled weights, loaded as a user would."""
+    name = f"efficientformer_v2_{fixture['variant'].split('_')[0]}"
+    state = filled_state_dict(fixture["state_dict"], fill)
+    return load_official(name, state, image_size=fixture["img_size"], **options)
+
+
+@pytest.fixture(scope="module", params=FIXTURES)
+def golden(request):
+    fixture = load_golden(f"efficientformer_v2/{request.param}")
+    return fixture, official(fixture, "rs-v1-ls")
+
+
+def case_of(fixture: dict, name: str) -> dict:
+    found = [case for case in fixture["cases"] if case["name"] == name]
+    return found[0] if found else pytest.skip(f"no case {name} in this fixture")
+
+
+def filled_twins(size: str, image_size=224) -> tuple[nn.Module, nn.Module]:
+    """timm's model with random weights and norms, and ours with the same."""
+    torch.manual_seed(0)
+    theirs = timm.create_model(f"efficientformerv2_{size}", img_size=image_size)
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.normal_(module.weight, 1, 0.1)
+    for name, parameter in theirs.named_parameters():
+        if name.endswith(("gamma", "attention_biases")):
+            nn.init.normal_(parameter, std=0.3)
+    ours = efficientformer_v2(size=size, image_size=image_size).eval()
+    ours.load_state_dict(from_official(theirs.state_dict()))
+    return theirs.eval(), ours
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# ---- the whole network against the authors' numbers ----------------------------------------------
+
+
+@torch.inference_mode()
+def test_logits_and_each_head(golden):
+    fixture, model = golden
+    features = model.forward_features(golden_input(case_of(fixture, "eval_ls")["input_shape"]))
+    assert_matches(model.forward_head(features), case_of(fixture, "eval_ls"))
+    pooled = model.forward_head(features, pre_logits=True)
+    assert_matches(model.head(pooled), case_of(fixture, "eval_head"))
+    assert_matches(model.head_dist(pooled), case_of(fixture, "eval_dist_head"))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", FIXTURES)
+def test_logits_under_the_general_fill(name):
+    """Layer scales of size one: activations explode, hence the fixture's own tolerance."""
+    fixture = load_golden(f"efficientformer_v2/{name}")
+    case = case_of(fixture, "eval_rsv1")
+    assert_matches(official(fixture, "rs-v1")(golden_input(case["input_shape"])), case)
+
+
+@torch.inference_mode()
+def test_without_distillation_the_class_head_answers_alone(golden):
+    fixture, full = golden
+    single = efficientformer_v2(
+        size=fixture["variant"].split("_")[0], image_size=fixture["img_size"], distillation=False
+    )
+    kept = {key: value for key, value in full.state_dict().items() if "head_dist" not in key}
+    single.load_state_dict(kept)
+    case = case_of(fixture, "eval_head")
+    assert_matches(single.eval()(golden_input(case["input_shape"])), case)
+
+
+@torch.inference_mode()
+def test_features_of_every_part(golden):
+    fixture, model = golden
+    case = case_of(fixture, "intermediates")
+    paths = {"patch_embed": "stem", "norm": "norm"}
+    paths |= {f"network.{2 * stage}": f"stages.{stage}" for stage in range(4)}
+    paths |= {f"network.{2 * stage - 1}": f"stages.{stage}.downsample" for stage in (1, 2, 3)}
+    seen = {}
+    for name in case["features"]:
+        keep = lambda _, inputs, output, name=name: seen.__setitem__(name, output)  # noqa: E731
+        model.get_submodule(paths[name]).register_forward_hook(keep)
+    model(golden_input(case["input_shape"]))
+    assert seen.keys() == case["features"].keys() and len(seen) >= 8
+    for name, expected in case["features"].items():
+        assert_matches(seen[name], expected)
+
+
+def test_training_mode_returns_both_heads_and_moves_the_norms(golden):
+    fixture, model = golden
+    case = case_of(fixture, "train_cls")
+    model = without_drop_path(copy.deepcopy(model)).train()
+    with torch.no_grad():
+        labels, teacher = model(golden_input(case["input_shape"]))
+    assert_matches(labels, case)
+    assert_matches(teacher, case_of(fixture, "train_dist"))
+    buffers = dict(model.named_buffers())
+    for name, expected in case["bn_after_one_forward"].items():
+        moved = buffers[our_name(name)].double()
+        assert float(moved.norm()) == pytest.approx(expected["l2"], rel=1e-5)
+        assert float(moved.sum()) == pytest.approx(expected["sum"], rel=1e-5, abs=1e-5)
+    model.set_distilled_training(False)
+    with torch.no_grad():
+        assert model(golden_input([2, *case["input_shape"][1:]])).shape == (2, 1000)
+
+
+def test_gradients(golden):
+    fixture, model = golden
+    case = case_of(fixture, "train_grad")
+    model = without_drop_path(copy.deepcopy(model)).train()
+    labels, teacher = model(golden_input(case["input_shape"]))
+    loss = 0.5 * F.cross_entropy(labels, torch.tensor(case["extra"]["labels"]))
+    loss = loss + 0.5 * F.cross_entropy(teacher, torch.tensor(case["extra"]["teacher_labels"]))
+    loss.backward()
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-4)
+    gradients = {name: one.grad.double() for name, one in model.named_parameters()}
+    for name, expected in case["grad_l2"].items():
+        assert float(gradients[our_name(name)].norm()) == pytest.approx(expected, rel=1e-4)
+    total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    assert float(total) == pytest.approx(case["total_grad_l2"], rel=1e-4)
+
+
+def without_drop_path(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, timm.layers.DropPath):
+            module.drop_prob = 0.0
+    return model
+
+
+def test_drop_path_rates_rise_linearly():
+    fixture = load_golden("efficientformer_v2/s2")
+    model = harness.build("efficientformer_v2_s2")
+    rates = [getattr(b.drop_path2, "drop_prob", 0.0) for s in model.stages for b in s.blocks]
+    assert rates == pytest.approx(fixture["drop_path_rates"], rel=1e-4)
+    assert not any(
+        isinstance(m, timm.layers.DropPath)
+        for m in harness.build("efficientformer_v2_s2", drop_path_rate=0.0).modules()
+    )
+
+
+# ---- single modules ------------------------------------------------------------------------------
+
+#: Where a module's entries sit inside the network, as the authors name it.
+PLACES = {
+    "Attention4D": "token_mixer.",
+    "Attention4DDownsample": "attn.",
+    "LGQuery": "q.",
+    "Embedding": "network.5.",
+    "Mlp": "mlp.",
+    "FFN": "",
+    "AttnFFN": "",
+}
+
+
+def build_module(case: dict) -> nn.Module:
+    options = {key: value for key, value in case["kwargs"].items() if key != "act_layer"}
+    kind = case["class"]
+    if kind == "LGQuery":
+        return attention.LGQuery(options["in_dim"], options["out_dim"])
+    if kind == "Mlp":
+        return blocks.Mlp(options["in_features"], options["hidden_features"])
+    if kind == "Embedding":
+        return blocks.Embedding(
+            options["in_chans"], options["embed_dim"], options["resolution"], options["asub"]
+        )
+    return getattr(blocks if kind in ("FFN", "AttnFFN") else attention, kind)(**options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", golden_cases("efficientformer_v2/modules"))
+def test_single_module(case):
+    place = PLACES[case["class"]]
+    inside = our_name(place + "x").removesuffix("x")
+    state = filled_state_dict(case["state_dict"], case["fill"])
+    state = {our_name(place + key).removeprefix(inside): value for key, value in state.items()}
+    state = {k: v.reshape(-1, 1, 1) if k.endswith("gamma") else v for k, v in state.items()}
+    module = build_module(case)
+    fit = module.load_state_dict(state, strict=False)
+    assert not fit.unexpected_keys
+    assert all("num_batches" in key for key in fit.missing_keys)
+    module.train(case["mode"] == "train")
+    assert_matches(module(golden_input(case["input_shape"])), case)
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_index_tables_are_the_authors(name):
+    fixture = load_golden(f"efficientformer_v2/{name}")
+    model = efficientformer_v2(
+        size=fixture["variant"].split("_")[0], image_size=fixture["img_size"]
+    )
+    checked = 0
+    for table in fixture["index_tables"]:
+        for key in table["keys"]:
+            module = model.get_submodule(our_name(key).removesuffix(".attention_bias_idxs"))
+            assert list(module.bias_index.shape) == table["shape"]
+            data = module.bias_index.numpy().astype("<i8").tobytes()
+            assert zlib.crc32(data) == table["crc32_int64_le"]
+            checked += 1
+    assert checked == sum(isinstance(m, attention.BiasedAttention) for m in model.modules())
+
+
+@pytest.mark.parametrize(("side", "stride"), [(1, 1), (4, 1), (5, 2), (6, 2), (13, 2)])
+def test_index_equals_a_plain_loop(side, stride):
+    points = [(y, x) for y in range(side) for x in range(side)]
+    queries = [(y, x) for y in range(0, side, stride) for x in range(0, side, stride)]
+    wanted = [[abs(a - y) * side + abs(b - x) for y, x in points] for a, b in queries]
+    assert attention.offset_index((side, side), stride).tolist() == wanted
+
+
+# ---- counts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameters_and_macs(size):
+    params, paper_params, paper_macs, plain_macs = COUNTS[size]
+    with torch.device("meta"):
+        model = efficientformer_v2(size=size)
+    assert sum(one.numel() for one in model.parameters()) == params
+    assert count_macs(model, 224).total == pytest.approx(plain_macs, abs=500)
+    if paper_params:
+        assert conventions.params(model) == paper_params
+        assert conventions.macs(model, 224) == paper_macs
+    printed = {"s0": (3.535, 0.3961), "s1": (6.092, 0.6523), "s2": (12.551, 1.2474)}
+    printed["l"] = (26.069, 2.5534)
+    assert round(conventions.params(model) / 1e6, 3) == pytest.approx(printed[size][0], abs=1e-9)
+    assert round(conventions.macs(model, 224) / 1e9, 4) == pytest.approx(printed[size][1], abs=1e-9)
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_counts_of_the_fixture(name):
+    fixture = load_golden(f"efficientformer_v2/{name}")
+    with torch.device("meta"):
+        model = efficientformer_v2(
+            size=fixture["variant"].split("_")[0], image_size=fixture["img_size"]
+        )
+    assert sum(one.numel() for one in model.parameters()) == fixture["params"]
+    by_module = dict.fromkeys(fixture["params_by_module"], 0)
+    ours_to_theirs = {"stem": "patch_embed", "head_dist": "dist_head"}
+    for key, parameter in model.named_parameters():
+        parts = key.split(".")
+        owner = ours_to_theirs.get(parts[0], parts[0])
+        if parts[0] == "stages":
+            owner = f"network.{2 * int(parts[1]) - (parts[2] == 'downsample')}"
+        by_module[owner] += parameter.numel()
+    assert by_module == fixture["params_by_module"]
+    assert conventions.params(model) == fixture["params_detail"]["official_counter_params"]
+    assert conventions.macs(model, fixture["img_size"]) == fixture["macs_official"]
+    products = fixture["macs_fvcore_detail"]["by_operator"]
+    wanted = products["conv"] + products["linear"] + products["matmul"]
+    assert count_macs(model, fixture["img_size"]).total == wanted
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = efficientformer_v2(10, 32, size="micro").train()
+    model.stem.eval()
+    before = copy.deepcopy(model.state_dict())
+    snap_profile(model, 32)
+    assert model.training and not model.stem.training
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_full_resolution_attention_costs_what_the_dossier_says():
+    wanted = {"s0": 0.543, "s1": 0.810, "s2": 1.585, "l": 3.125}
+    for size, gigas in wanted.items():
+        with torch.device("meta"):
+            model = efficientformer_v2(size=size, stride_attention=False)
+        assert round(conventions.macs(model, 224) / 1e9, 3) == gigas
+        if size == "s0":
+            assert sum(one.numel() for one in model.parameters()) == 3_600_304
+
+
+def test_micro_has_every_ingredient_within_the_bounds():
+    model = harness.build("efficientformer_v2_micro")
+    assert sum(one.numel() for one in model.parameters()) <= 600_000
+    assert 5_000_000 <= count_macs(model, 32).total <= 30_000_000
+    mixers = [m for m in model.modules() if isinstance(m, attention.Attention4D)]
+    assert {mixer.stride for mixer in mixers} == {1, 2}
+    assert sum(isinstance(m, attention.Attention4DDownsample) for m in model.modules()) == 1
+    assert any(type(m) is blocks.FFN for m in model.modules())
+
+
+# ---- timm's twin ---------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("size", "image_size"),
+    [("s0", 96), ("s0", 128), ("s0", 192), ("s0", 256), ("s0", 320), ("s0", (96, 160)),
+     ("s1", 224), ("s2", 128), ("l", 96)],
+)  # fmt: skip
+def test_equals_timm(size, image_size):
+    theirs, ours = filled_twins(size, image_size)
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    images = torch.randn(2, 3, height, width)
+    assert relative(ours(images), theirs(images)) < 1e-5
+
+
+# ---- nothing goes stale --------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_weights_loaded_after_eval_count():
+    images = torch.randn(1, 3, 32, 32)
+    torch.manual_seed(0)
+    source = randomised(efficientformer_v2(10, 32, size="micro")).eval()
+    target = efficientformer_v2(10, 32, size="micro").eval()
+    target(images)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(images), source(images))
+
+
+@torch.inference_mode()
+def test_an_averaged_copy_follows_its_model():
+    images = torch.randn(1, 3, 32, 32)
+    model = efficientformer_v2(10, 32, size="micro").eval()
+    average = ModelEmaV3(model, decay=0.0)
+    average.module(images)
+    randomised(model)
+    average.update(model)
+    assert torch.equal(average.module(images), model(images))
+
+
+def test_position_bias_learns_in_evaluation_mode():
+    model = randomised(efficientformer_v2(10, 32, size="micro")).eval()
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    tables = [m.attention_biases for m in model.modules() if hasattr(m, "attention_biases")]
+    assert len(tables) == 3
+    assert all(table.grad is not None and table.grad.abs().sum() > 0 for table in tables)
+
+
+@torch.no_grad()
+def randomised(model: nn.Module) -> nn.Module:
+    """Fresh values where a fresh model has zeros, ones or layer scales of 1e-5."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gamma", "attention_biases")):
+            parameter.normal_(std=0.5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.weight.normal_(1, 0.1)
+            module.bias.normal_(std=0.1)
+    return model
+
+
+# ---- deployment form -----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", ["micro", "s0"])
+def test_deployed_outputs_are_equal(size):
+    options = {"num_classes": 10, "image_size": 32} if size == "micro" else {"image_size": 96}
+    torch.manual_seed(0)
+    model = randomised(efficientformer_v2(size=size, **options)).eval()
+    before = copy.deepcopy(model.state_dict())
+    deployed = harness.deploy(model, options["image_size"])
+    images = torch.randn(3, 3, *model.image_size)
+    assert relative(deployed(images), model(images)) < 1e-5
+    assert relative(deployed(images), model(images)) > 0  # it is another computation
+    kinds = [type(module) for module in deployed.modules()]
+    assert nn.BatchNorm2d not in kinds and kinds.count(nn.Linear) == 1
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    again = harness.deploy(deployed, options["image_size"])
+    assert torch.equal(again(images), deployed(images))
+
+
+@torch.inference_mode()
+def test_deployed_s0_has_as_many_parameters_as_a_folded_net_needs():
+    deployed = harness.deploy(randomised(efficientformer_v2()), 224)
+    kept = sum(one.numel() for one in deployed.parameters())
+    # of 3,551,296 without norms go a head, the layer scales, the bias tables and 4 x 8 head biases
+    assert kept == 3_551_296 - 177_000 - 1_984 - 3_136 - 4 * 8 - 352
+
+
+# ---- interface and bad input ---------------------------------------------------------------------
+
+
+def test_same_seed_same_network():
+    def made():
+        torch.manual_seed(3)
+        return harness.build("efficientformer_v2_micro").state_dict()
+
+    first, second = made(), made()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_initial_values():
+    torch.manual_seed(0)
+    model = efficientformer_v2()
+    mlp = model.stages[3].blocks[0].mlp
+    assert float(mlp.fc1.conv.weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert not mlp.fc1.conv.bias.any() and mlp.mid.conv.bias.any()
+    assert not any(
+        m.attention_biases.any() for m in model.modules() if hasattr(m, "attention_biases")
+    )
+    scale = model.stages[0].blocks[0].ls2.gamma
+    assert scale.shape == (32, 1, 1) and torch.allclose(scale, torch.tensor(1e-5))
+
+
+def test_classifier_can_be_replaced_and_removed():
+    model = harness.build("efficientformer_v2_s0", num_classes=7, image_size=64).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert model(images).shape == (2, 7)
+        model.reset_classifier(0)
+        assert model(images).shape == (2, 176) and model.num_classes == 0
+        assert torch.equal(
+            model(images), model.forward_head(model.forward_features(images), pre_logits=True)
+        )
+
+
+@pytest.mark.parametrize("image_size", [208, 240, 0, -32, (224, 200), 16])
+def test_impossible_image_size(image_size):
+    with pytest.raises(ValueError, match="multiple of 32"):
+        harness.build("efficientformer_v2_s0", image_size=image_size)
+
+
+def test_images_of_another_size():
+    model = harness.build("efficientformer_v2_micro").eval()
+    with pytest.raises(ValueError, match="built for images of 32x32, not 48x48"):
+        model(torch.randn(1, 3, 48, 48))
+
+
+def test_architecture_that_does_not_fit():
+    architecture = vars(ARCHITECTURES["micro"])
+    with pytest.raises(ValueError, match="stage 3 has 3 blocks but 2 expansions"):
+        efficientformer_v2(
+            architecture={**architecture, "expansions": [[4], [4, 4], [4, 3], [3, 3]]}
+        )
+    with pytest.raises(ValueError, match="attention_blocks"):
+        efficientformer_v2(architecture={**architecture, "attention_blocks": [4, 1]})
+    with pytest.raises(ValueError, match="no size 's9'"):
+        efficientformer_v2(size="s9")
+    with pytest.raises(ValueError, match="must be multiples of 2"):
+        attention.Attention4D(8, 7, stride=2)
+
+
+def test_wrong_checkpoints_are_named():
+    with pytest.raises(
+        harness.ReplivitError, match=r"no EfficientFormerV2.*'blocks.0.norm1.weight'"
+    ):
+        load_official("efficientformer_v2_s0", {"blocks.0.norm1.weight": torch.zeros(3)})
+    first = {"patch_embed.0.weight": torch.zeros(24, 3, 3, 3), "norm.weight": torch.zeros(448)}
+    with pytest.raises(harness.ReplivitError, match="is it the first EfficientFormer"):
+        load_official("efficientformer_v2_s0", first)
+    fixture = load_golden("efficientformer_v2/s2")
+    with pytest.raises(harness.ReplivitError, match=re.escape("efficientformer_v2_s2")):
+        load_official("efficientformer_v2_s0", filled_state_dict(fixture["state_dict"]))
