@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from harness.data import load_split
 from harness.data.pictures import contact_sheet
 from harness.errors import ReplivitError
+from replivit.cli.console import out
 from replivit.cli.main import app
 
 runner = CliRunner()
@@ -20,7 +21,7 @@ def words(text):
 
 
 def test_overview(tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(out, "_width", 400)
     monkeypatch.setenv("REPLIVIT_DATA", str(tmp_path))
     result = runner.invoke(app, ["data"])
     assert result.exit_code == 0, result.output
