@@ -67,9 +67,10 @@ def stride_attention(
     chosen = choose(scale, SCALES)
     sizes = sizes or chosen[0]
     networks, batch_sizes = networks or chosen[1], batch_sizes or chosen[2]
+    seconds = seconds or chosen[3]
     effort = Effort(
-        budget_s=seconds or chosen[3], half_width=0.03, min_rounds=5, palindromes=1,
-        warm_up_s=0.1, warm_up_limit_s=1.0,
+        budget_s=seconds, half_width=0.03, min_rounds=5, palindromes=1,
+        warm_up_s=min(0.1, seconds), warm_up_limit_s=min(1.0, seconds),
     )  # fmt: skip
     rows = []
     for side in sizes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from harness.statistics import bootstrap_interval, mcnemar
 from harness.training import train
 from reproductions.efficientformer_v2.model import Architecture, EfficientFormerV2
 from reproductions.efficientformer_v2.search import (
+    TABLE_EFFORT,
     Cost,
     CostTable,
     MobileEfficiency,
@@ -44,8 +45,8 @@ def search(scale: str = "small", seed: int = 0, **options: Any) -> ExperimentRes
         scale: `small` (fashion_mini, minutes on a CPU) or `paper` (ImageNet, a GPU).
         seed: of the supernet's training and of the random sub-networks.
         options: fields of `Settings`: `track`, `image_size`, `supernet_epochs`, `final_epochs`,
-            `seeds`, `target`, `search_images`, `random_subnets`, `latency_batch`, `batch_size`,
-            `layer_scale_init`, `device`, `root`, `space`.
+            `seeds`, `target`, `search_images`, `random_subnets`, `latency_batch`, `timing_seconds`,
+            `batch_size`, `layer_scale_init`, `device`, `root`, `space`.
     """
     settings = choose_settings(scale, options)
     images = Images(settings)
@@ -53,6 +54,7 @@ def search(scale: str = "small", seed: int = 0, **options: Any) -> ExperimentRes
     table = CostTable.measure(
         settings.space, settings.image_size, images.num_classes,
         batch_size=settings.latency_batch, device=settings.device,
+        effort=replace(TABLE_EFFORT, budget_s=settings.timing_seconds),
     )  # fmt: skip
     whole = table.cost(settings.space.architecture(settings.space.uniform("largest")))
     score = MobileEfficiency(unit=whole)
@@ -169,8 +171,8 @@ def _equally_fast(
         form = deploy(model, settings.image_size).to(settings.device)
         calls[name] = partial(form, images)
     effort = Effort(
-        budget_s=10.0, half_width=0.05, min_rounds=5, palindromes=1, warm_up_s=0.1,
-        warm_up_limit_s=0.5,
+        budget_s=settings.timing_seconds, half_width=0.05, min_rounds=5, palindromes=1,
+        warm_up_s=0.05, warm_up_limit_s=0.3,
     )  # fmt: skip
     timings = time_on_one_thread(calls, device=settings.device, effort=effort)
     nearest = min(calls.keys() - {"found"}, key=lambda name: abs(np.log(timings[name].ratio)))

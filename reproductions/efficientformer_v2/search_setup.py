@@ -26,6 +26,7 @@ class Settings:
         search_images: images of the test split that steer the search; the others judge.
         random_subnets: how many random sub-networks the walk is compared with.
         latency_batch: images per call when latency is measured.
+        timing_seconds: budget of the cost table, and of finding an equally fast uniform network.
         layer_scale_init: 1e-5 in the paper; a short training needs branches that can be felt.
     """
 
@@ -39,6 +40,7 @@ class Settings:
     search_images: int = 1000
     random_subnets: int = 40
     latency_batch: int = 1
+    timing_seconds: float = 8.0
     batch_size: int | None = None
     layer_scale_init: float = 1e-5
     device: str = "cpu"
