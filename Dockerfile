@@ -2,10 +2,7 @@
 #   docker build -t replivit .
 #   docker run --rm -v "$PWD/case:/case" replivit                 # measure and render: records and site stay in ./case
 #   docker run --rm replivit make -C /app test VENV=/opt/venv     # the tests
-# The plain index gives torch with CUDA; on a machine without it, build with
-#   --build-arg TORCH_INDEX=<index of CPU builds>
 FROM python:3.12-slim
-ARG TORCH_INDEX=
 RUN apt-get update \
  && apt-get install --no-install-recommends -y git make \
  && rm -rf /var/lib/apt/lists/* \
@@ -13,7 +10,7 @@ RUN apt-get update \
  && mkdir /case /app /opt/venv && chown replivit /case /app /opt/venv
 USER replivit
 RUN python -m venv /opt/venv \
- && /opt/venv/bin/pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch>=2.6" "torchvision>=0.21"
+ && /opt/venv/bin/pip install --no-cache-dir "torch>=2.6" "torchvision>=0.21"
 WORKDIR /app
 COPY --chown=replivit . .
 RUN /opt/venv/bin/pip install --no-cache-dir --editable '.[dev]' && touch /opt/venv/.installed
