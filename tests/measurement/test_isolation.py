@@ -96,7 +96,8 @@ def test_time_limit_ends_worker_and_what_it_started(fake, tmp_path):
 
 def test_interrupt_ends_the_worker(fake):
     process = fake._start()
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    main = threading.main_thread().ident  # not to the process: another thread could take it
+    threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         fake.ask(answering("time.sleep(600)"), 60)
     assert process.returncode == -signal.SIGKILL

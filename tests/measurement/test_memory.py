@@ -26,7 +26,8 @@ class Holder(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("mib", [32, 128])
+# above 32 MiB, where the C library always returns a freed block to the system at once
+@pytest.mark.parametrize("mib", [64, 128])
 def test_inference_peak_is_what_the_model_held(mib):
     model = Holder(mib).eval()
     use = inference_memory(model, [torch.zeros(1, 4)] * 3, model)
