@@ -185,7 +185,7 @@ def test_a_model_that_prints_is_measured(bench):
     ],
 )
 def test_a_model_that_fails_is_a_row_and_the_worker_lives_on(bench, name, status, reason):
-    worker = bench._process
+    worker = bench._process or bench._start()
     record = peak(name, bench)
     assert record.value is None
     assert record.status == status
