@@ -224,8 +224,8 @@ def _step_finding(rows: list[dict[str, Any]]) -> Finding:
     return Finding(
         "Small steps, each of which raises the score, lead from the supernet to the target",
         "reproduced" if rising else "deviates",
-        f"{len(rows) - 1} steps (of the kinds {', '.join(kinds)}), score {scores[0]:.0f} to {scores[-1]:.0f}, "
-        f"latency {rows[0]['ms']:.2f} to {rows[-1]['ms']:.2f} ms",
+        f"{len(rows) - 1} steps (of the kinds {', '.join(kinds)}), score {scores[0]:.0f} to "
+        f"{scores[-1]:.0f}, latency {rows[0]['ms']:.2f} to {rows[-1]['ms']:.2f} ms",
     )
 
 

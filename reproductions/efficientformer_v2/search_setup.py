@@ -53,8 +53,8 @@ SCALES = {
             widths=((16, 32), (32, 48), (48, 64, 80), (64, 80, 96)), depths=(2, 2, 3, 3),
             num_heads=4, key_dim=16, attn_ratio=2, stem_stride=2,
         ),
-        track="fashion_mini", image_size=32, supernet_epochs=4, final_epochs=4,
-        latency_batch=32, layer_scale_init=0.1,
+        track="fashion_mini", image_size=32, supernet_epochs=3, final_epochs=3,
+        search_images=500, random_subnets=30, latency_batch=32, layer_scale_init=0.1,
     ),
     # the size of the paper's search; its exact space is not published, this one is ours
     "paper": Settings(
