@@ -2,47 +2,77 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from harness.errors import ReplivitError
 from harness.measurement import memory
-from harness.measurement.memory import inference_memory, measure_peak, training_memory
+from harness.measurement.memory import MemoryUse, measure_peak, training_memory
 
 MIB = 2**20
+ROOT = Path(__file__).resolve().parents[2]
+PRELUDE = """
+import json
+from dataclasses import asdict
+import torch
+from torch import nn
+from harness.measurement.memory import inference_memory, training_memory
+"""
 
 
-class Holder(nn.Module):
-    """A linear head; each forward pass holds `mib` MiB for a moment."""
-
-    def __init__(self, mib: int, features: int = 4):
-        super().__init__()
-        self.mib = mib
-        self.head = nn.Linear(features, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        torch.ones(self.mib * MIB, dtype=torch.uint8)
-        return self.head(x)
+# a fresh process each, as in use: in a long-lived one, holes in the heap decide what comes back
+def alone(script: str) -> dict[str, int]:
+    """What the last line of `script`, run by a fresh interpreter, prints as JSON."""
+    command = [sys.executable, "-c", PRELUDE + textwrap.dedent(script)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
-# above 32 MiB, where the C library always returns a freed block to the system at once
-@pytest.mark.parametrize("mib", [64, 128])
-def test_inference_peak_is_what_the_model_held(mib):
-    model = Holder(mib).eval()
-    use = inference_memory(model, [torch.zeros(1, 4)] * 3, model)
-    assert use.work == pytest.approx(mib * MIB, abs=6 * MIB)  # once, not three times
-    assert use.weights == (4 * 10 + 10) * 4
-    assert use.peak == use.weights + use.work
-    assert use.exact_peak
+def test_inference_peak_is_what_the_model_held():
+    uses = alone("""
+        class Holder(nn.Module):
+            def __init__(self, mib):
+                super().__init__()
+                self.mib, self.head = mib, nn.Linear(4, 10)
+
+            def forward(self, x):
+                torch.ones(self.mib * 2**20, dtype=torch.uint8)  # held for a moment
+                return self.head(x)
+
+        def use(mib):
+            model = Holder(mib).eval()
+            return asdict(inference_memory(model, [torch.zeros(1, 4)] * 3, model))
+
+        print(json.dumps({str(mib): use(mib) for mib in (64, 128)}))
+    """)
+    for mib in (64, 128):
+        use = uses[str(mib)]
+        assert use["work"] == pytest.approx(mib * MIB, abs=6 * MIB)  # once, not three times
+        assert use["weights"] == (4 * 10 + 10) * 4
+        assert use["exact_peak"]
+
+
+def test_peak_is_weights_and_work():
+    assert MemoryUse(weights=3, work=4, exact_peak=True, method="").peak == 7
 
 
 def test_training_holds_gradients_and_two_moments():
-    model = nn.Linear(1024, 4096)  # 16 MiB of weights
-    use = training_memory(model, [torch.zeros(1, 1024)] * 2)
+    use = alone("""
+        model = nn.Linear(1024, 4096)  # 16 MiB of weights
+        use = training_memory(model, [torch.zeros(1, 1024)] * 2)
+        print(json.dumps(asdict(use) | {"freed": model.weight.grad is None}))
+    """)
     # the optimizer's own step is the peak: two temporaries beside gradient and moments
-    assert use.work == pytest.approx((3 + 2) * 16 * MIB, rel=0.1)
-    assert model.weight.grad is None
+    assert use["work"] == pytest.approx((3 + 2) * 16 * MIB, rel=0.1)
+    assert use["freed"]
 
 
 def test_training_takes_every_head_and_frozen_weights():
