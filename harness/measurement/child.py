@@ -31,24 +31,12 @@ PRELOADED = (
     "harness.deployment", "harness.measurement.counting", "harness.measurement.tasks",
 )  # fmt: skip
 PR_SET_PDEATHSIG = 1
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def die_with_parent() -> None:
     """Have the system end this process when its parent is gone, also after `kill -9` (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def map_every_block() -> None:
-    """Have the C library map and unmap blocks from 64 KiB on one by one (glibc).
-
-    The resident size then follows the living tensors; for measuring memory, not for timing.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, 64 * 1024)
-        library.mallopt(M_TRIM_THRESHOLD, 0)
 
 
 def preload() -> None:
@@ -67,6 +55,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def answer_to(request: dict[str, Any]) -> dict[str, Any]:
     """Measure the request's cell in this process; an error becomes status and reason."""
+    from harness.measurement.allocator import map_every_block
     from harness.measurement.cell import Cell
     from harness.measurement.tasks import measure_cell
 

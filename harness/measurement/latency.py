@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from harness.errors import ReplivitError
+from harness.measurement.allocator import keep_freed_blocks
 from harness.measurement.sentinels import Limits, Snapshot, disturbances, reading, snapshot
 
 Call = Callable[[], object]
@@ -215,6 +216,8 @@ def time_callables(
 ) -> dict[str, Timing]:
     """Time callables against each other; ratios are to the first one.
 
+    From here on the process keeps the memory it frees (`harness.measurement.allocator`).
+
     Args:
         callables: name -> function without arguments. The first is the yardstick.
         effort: rounds, budget and precision; `changes` replaces single fields of it
@@ -237,6 +240,7 @@ def time_callables(
         timer = cuda_timer()
         limits = replace(limits, wall_over_cpu=math.inf)  # the host may sleep while a GPU works
     session = Session()
+    keep_freed_blocks()
     with _quiet_interpreter():
         for name, call in callables.items():
             session.warm_up[name] = _warm_up(timer, call, effort, clock)

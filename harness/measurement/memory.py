@@ -8,8 +8,6 @@ is the growth of the allocator's peak. Each measurement wants a process of its o
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ReplivitError
+from harness.measurement.allocator import return_free_memory
 
 if TYPE_CHECKING:
     import torch
@@ -66,13 +65,6 @@ def _reset_peak() -> bool:
     return True
 
 
-def _return_free_memory() -> None:
-    """Give what the C library keeps for later back to the system (glibc only)."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def _touch_libraries(training: bool) -> None:
     """Run a few small operators, so that one-time tables and pools are not charged to a model."""
     import torch
@@ -98,7 +90,8 @@ def measure_peak(work: Callable[[], object], model: nn.Module, device: str) -> M
     weights = sum(
         one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers())
     )
-    _return_free_memory()
+    gc.collect()
+    return_free_memory()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -141,7 +141,8 @@ def latency_records(cell: Cell, subject: Subject, run_id: str) -> list[Record]:
     return [
         subject.record(
             run_id, "latency", own.median, **_timed_fields(own), **common, detail=detail,
-            method="median over ABBA rounds beside the yardstick, bootstrap over rounds",
+            method="median over ABBA rounds beside the yardstick, bootstrap over rounds; freed "
+            "memory is kept",
         ),
         subject.record(
             run_id, "latency_ratio", own.ratio, **_timed_fields(own, ratio=True), **common,
