@@ -19,6 +19,7 @@ _LAZY = {
     "PixelTransform": "augmentation",
     "contact_sheet": "pictures",
     "create_transform": "transforms",
+    "hold_out": "parts",
     "load_split": "sources",
     "locate": "sources",
     "places": "sources",

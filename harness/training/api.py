@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor, nn
 
-from harness import registry
+from harness import data, registry
 from harness.checkpoints import file_sha256, load_weights, save_weights
 from harness.data import TRACKS, ImageDataset, Track, load_split
 from harness.environment import capture, home
@@ -78,6 +78,7 @@ def train(
     out: str | Path | None = None,
     init: str | Path | Mapping[str, Tensor] | None = None,
     freeze: Sequence[str] = (),
+    hold_out: int = 0,
     epochs: int | None = None,
     device: str | None = None,
     root: str | Path | None = None,
@@ -103,6 +104,7 @@ def train(
         init: weights to start from, a file or a state dict; what does not fit (another head) stays
             as built, and the run says so.
         freeze: patterns (fnmatch) of parameters that stay as they are.
+        hold_out: training images to leave out, for a search to look at (`harness.data.hold_out`).
         epochs: overrides the recipe's.
         device: "cpu" or "cuda"; default CUDA where there is one.
         root: where the data lie (else `REPLIVIT_DATA`, ...).
@@ -119,6 +121,8 @@ def train(
         raise ReplivitError(f"a seed is 0 or more, not {seed}")
     chosen = registry.get_variant(variant) if isinstance(variant, str) else None
     dataset = _training_images(str(track), root) if track in TRACKS else load_split(track, "train")
+    if hold_out:
+        dataset, _ = data.hold_out(dataset, hold_out)
     recipe = _recipe(recipe, chosen, track, dataset.track, epochs, device)
     if objective is None:
         objective = _default_objective(recipe)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import harness
 from harness import Conditions, ExperimentResult, Finding, ReplivitError
-from harness.data import create_transform, get_track, load_split
+from harness.data import create_transform, get_track, hold_out, load_split
 from harness.evaluation import bits_of
 from harness.measurement.macs import count_macs
 from harness.statistics import mcnemar, mean_std, paired_means
@@ -41,8 +41,9 @@ class Setting:
         supernet: keyword arguments of `SuperNet`: depths, widths and what all its networks share.
         recipe: changes of the track's recipe.
         table_s: seconds of timing for the latency table.
-        score_images: training images (unaugmented) on which the accuracy drop is measured.
-        recalibration_images: other training images, for batch norm statistics.
+        score_images: images held out of the supernet's training, on which the accuracy drop is
+            measured.
+        recalibration_images: others held out, for batch norm statistics.
     """
 
     track: str
@@ -54,6 +55,11 @@ class Setting:
     table_s: float = 20.0
     score_images: int = 1000
     recalibration_images: int = 250
+
+    @property
+    def held_out(self) -> int:
+        """Images that the supernet's training leaves out."""
+        return self.score_images + self.recalibration_images
 
 
 SMALL = dict(strides=(2, 1), key_dim=16, num_heads=4, attn_ratio=2)
@@ -72,15 +78,12 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def training_images(setting: Setting, root: str | Path | None) -> tuple[Tensor, Tensor, Tensor]:
+def held_out_images(setting: Setting, root: str | Path | None) -> tuple[Tensor, Tensor, Tensor]:
     """(images and labels to score on, images to recalibrate with), unaugmented, disjoint."""
-    data = load_split(setting.track, "train", root=root)
-    count = setting.score_images + setting.recalibration_images
-    if count > len(data):
-        raise ReplivitError(f"{setting.track} has {len(data)} training images, not {count}")
+    _, held = hold_out(load_split(setting.track, "train", root=root), setting.held_out)
     transform = create_transform(get_track(setting.track).input, setting.image_size)
-    chosen = np.random.default_rng(0).permutation(len(data))[:count].tolist()
-    pairs = [data[index] for index in chosen]
+    order = np.random.default_rng(0).permutation(len(held)).tolist()
+    pairs = [held[index] for index in order]
     images = torch.stack([transform(image) for image, _ in pairs])
     labels = torch.tensor([label for _, label in pairs])
     split = setting.score_images
@@ -141,7 +144,7 @@ def slimming(
     table = measure_table(supernet, batch_size, threads, device, effort)
     goal = target * table.latency(supernet.largest)
     images, labels, recalibration = (
-        one.to(supernet.norm.weight.device) for one in training_images(setting, root)
+        one.to(supernet.norm.weight.device) for one in held_out_images(setting, root)
     )
     score, importance = Scorer(supernet, images, labels, recalibration), supernet.importance()
     walks = {
@@ -209,7 +212,7 @@ def _train_supernet(setting: Setting, noise: str, device: str, root: str | Path 
     )
     harness.train(
         supernet, setting.track, _recipe(setting), 0, callbacks=[AnnealTemperature()],
-        epochs=setting.supernet_epochs, device=device, root=root,
+        hold_out=setting.held_out, epochs=setting.supernet_epochs, device=device, root=root,
         image_size=setting.image_size, name="efficientformer_supernet", evaluate=False,
     )  # fmt: skip
     return supernet.eval()
@@ -304,9 +307,9 @@ def _notes(
     return (
         f"Supernet: {setting.supernet_epochs} epochs on {setting.track}, {noise} noise; networks: "
         f"{setting.epochs} epochs from scratch, {len(seeds)} seed(s). The accuracy drop is "
-        f"measured on {setting.score_images} unaugmented training images with inherited weights "
-        f"and batch norm statistics of {setting.recalibration_images} others; test images are "
-        f"used for the last column alone. Table: {len(table.seconds)} parts, "
+        f"measured on {setting.score_images} images held out of the supernet's training, with "
+        f"inherited weights and batch norm statistics of {setting.recalibration_images} others; "
+        f"test images are used for the last column alone. Table: {len(table.seconds)} parts, "
         f"{table.conditions.get('rounds')} rounds, {table.conditions.get('noisy')} of them "
         "noisier than 2 %. The uniform rival has the full depth and one 3D block. "
         f"Greedy actions: {path}."

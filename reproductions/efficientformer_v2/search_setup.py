@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from harness import ReplivitError
-from harness.data import AugmentedDataset, ImageDataset, create_transform, get_track, load_split
+from harness.data import (
+    AugmentedDataset,
+    ImageDataset,
+    create_transform,
+    get_track,
+    hold_out,
+    load_split,
+)
 from reproductions.efficientformer_v2.supernet import SearchSpace, Subnet, Supernet
 
 
@@ -23,7 +29,8 @@ class Settings:
         supernet_epochs, final_epochs: training length of the supernet and of the final networks.
         seeds: of the final trainings.
         target: latency of the network searched for, as a part of the supernet's.
-        search_images: images of the test split that steer the search; the others judge.
+        search_images: images held out of the supernet's training, which steer the search; the test
+            split judges.
         random_subnets: how many random sub-networks the walk is compared with.
         latency_batch: images per call when latency is measured.
         timing_seconds: budget of the cost table, and of finding an equally fast uniform network.
@@ -91,27 +98,23 @@ def choose_settings(scale: str, options: dict[str, Any]) -> Settings:
 
 
 class Images:
-    """The test split in two parts: images that steer the search, and images that judge."""
+    """Held-out training images that steer the search, and the test split that judges."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.data: ImageDataset = load_split(settings.track, "test", root=settings.root)
-        self.num_classes = len(self.data.classes)
-        every = max(2, len(self.data) // settings.search_images)
-        self.steering = np.zeros(len(self.data), dtype=bool)
-        self.steering[::every] = True
-        self.parts = {
-            "search": self._batches(np.flatnonzero(self.steering)),
-            "judge": self._batches(np.flatnonzero(~self.steering)),
-        }
+        train = load_split(settings.track, "train", root=settings.root)
+        _, held = hold_out(train, settings.search_images)
+        test = load_split(settings.track, "test", root=settings.root)
+        self.num_classes = len(test.classes)
+        self.parts = {"search": self._batches(held), "judge": self._batches(test)}
 
-    def _batches(self, indices: np.ndarray) -> DataLoader | list:
+    def _batches(self, data: ImageDataset) -> DataLoader | list:
         spec = get_track(self.settings.track).input
         transform = create_transform(spec, self.settings.image_size)
-        data = Subset(AugmentedDataset(self.data, transform, seed=0), indices.tolist())
+        images = AugmentedDataset(data, transform, seed=0)
         if self.settings.image_size > 64:  # too large to keep
-            return DataLoader(data, batch_size=256, num_workers=8)
-        return list(DataLoader(data, batch_size=250))
+            return DataLoader(images, batch_size=256, num_workers=8)
+        return list(DataLoader(images, batch_size=250))
 
     @torch.inference_mode()
     def accuracy(self, supernet: Supernet, subnet: Subnet, part: str) -> float:

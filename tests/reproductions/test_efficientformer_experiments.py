@@ -166,19 +166,19 @@ def test_one_seed_is_compared_image_by_image(fake_training):
     assert tie.outcome == "deviates" and "no difference detected" in tie.evidence
 
 
-def test_training_images_are_disjoint_and_unaugmented():
+def test_held_out_images_are_disjoint_and_unaugmented():
     setting = replace(
         slimming_experiment.SETTINGS["tiny"], score_images=30, recalibration_images=20
     )
-    images, labels, others = slimming_experiment.training_images(setting, None)
-    again = slimming_experiment.training_images(setting, None)[0]
+    images, labels, others = slimming_experiment.held_out_images(setting, None)
+    again = slimming_experiment.held_out_images(setting, None)[0]
     assert images.shape == (30, 3, 32, 32) and others.shape == (20, 3, 32, 32)
-    assert len(labels.unique()) > 5
+    assert len(labels.unique()) == 10
     assert torch.equal(images, again)
     distances = torch.cdist(images.flatten(1), others.flatten(1))
     assert float(distances.min()) > 0
-    with pytest.raises(harness.ReplivitError, match="has 10000 training images, not 20020"):
-        slimming_experiment.training_images(replace(setting, score_images=20000), None)
+    with pytest.raises(harness.ReplivitError, match="20020 of 10,000 images cannot be held out"):
+        slimming_experiment.held_out_images(replace(setting, score_images=20000), None)
 
 
 # ---- the recipe ----------------------------------------------------------------------------------

@@ -41,6 +41,19 @@ def fit(toy_data, tmp_path, net):
     return run
 
 
+def test_held_out_images_are_not_trained_on(fit):
+    seen = []
+
+    class Watch(CrossEntropy):
+        def loss(self, model, images, targets, context):
+            seen.append(images.flatten(1))
+            return super().loss(model, images, targets, context)
+
+    plain = {"augment": "none", "batch_size": 24}
+    fit("part", objective=Watch(), recipe=plain | {"epochs": 1}, hold_out=48)
+    assert len(torch.cat(seen).unique(dim=0)) == 48  # of 96
+
+
 def test_it_learns_and_records(fit, toy_data, tmp_path):
     run = fit(recipe={"epochs": 8}, evaluate=True)
     assert run.history[-1]["loss"] < run.history[0]["loss"] - 0.2
