@@ -106,6 +106,9 @@ class VariantSpec(Fact):
         default_factory=dict, description="track -> shipped safetensors file in the directory"
     )
     recipe: str | None = Field(None, description="name of the training recipe, if not the track's")
+    showcase: bool = Field(
+        True, description="whether the main job times it; a sweep that names it always does"
+    )
 
 
 class ExperimentSpec(Fact):

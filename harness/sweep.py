@@ -73,7 +73,10 @@ def plan(
     device: str = "cpu",
     threads: int = 1,
 ) -> list[Cell]:
-    """The cells of a profile for some variants (default: all).
+    """The cells of a profile for some variants.
+
+    Without names all are counted and, where weights are shipped, scored; `quick` then leaves
+    memory and latency to the variants that their paper puts into the showcase.
 
     `quick`: counts; memory of inference (batch 1) and of a training step (batch 8); top-1 of
     shipped weights; latency at batch 1, eager, and in the deployment form for reproductions.
@@ -93,6 +96,8 @@ def plan(
             Cell(variant.name, "accuracy", track=track, batch_size=64, **common)
             for track in variant.spec.weights
         ]
+        if variants is None and profile == "quick" and not variant.spec.showcase:
+            continue
         small, large = (1, TRAINING_BATCH), (32, 32)
         for inference, training in (small, large) if profile == "full" else (small,):
             cells.append(Cell(variant.name, "memory_inference", batch_size=inference, **common))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 
 import bench_paper
 import pytest
@@ -46,6 +47,10 @@ def bench_of_fakes(monkeypatch):
     return measured
 
 
+def replace_spec(variant, **fields):
+    return replace(variant, spec=variant.spec.model_copy(update=fields))
+
+
 def records_of(cell: Cell, run_id: str = "x", **fields) -> list:
     variant = get_variant(cell.variant)
     value = 2e6 if cell.variant == WIDE else 1e6
@@ -80,9 +85,19 @@ def test_shipped_weights_are_evaluated_and_reference_papers_stay_eager():
     shipped = {(one.name, track) for one in variants for track in one.spec.weights}
     cells = plan()
     assert {(one.variant, one.track) for one in cells if one.group == "accuracy"} == shipped
+    assert {one.variant for one in cells if one.group == "counts"} == {v.name for v in variants}
+    showcase = [one for one in variants if one.spec.showcase]
+    assert {one.variant for one in cells if one.group == "latency"} == {v.name for v in showcase}
     deployed = {one.variant for one in cells if one.backend == "deploy"}
-    reference = {one.name for one in variants if one.paper.facts.reference}
-    assert deployed == {one.name for one in variants} - reference
+    assert deployed == {one.name for one in showcase if not one.paper.facts.reference}
+
+
+def test_outside_the_showcase_a_variant_is_timed_when_it_is_named(monkeypatch):
+    modest = replace_spec(get_variant(SMALL), showcase=False)
+    monkeypatch.setattr(sweep, "all_variants", lambda: [modest])
+    assert [one.group for one in plan()] == ["counts"]
+    assert "latency" in {one.group for one in plan([modest])}
+    assert "latency" in {one.group for one in plan(profile="full")}
 
 
 def test_unknown_names_are_sentences():

@@ -88,7 +88,7 @@ def sweep_missing(
     from harness.sweep import plan, run_sweep
     from replivit.cli.sweep_progress import SweepProgress, print_summary
 
-    cells = plan(registry.variants(paper), profile)
+    cells = plan(registry.variants(paper) if paper is not None else None, profile)
     with SweepProgress() as progress:
         summary = run_sweep(cells, store, progress, budget_minutes=budget_minutes)
     print_summary(summary)

@@ -46,9 +46,12 @@ def sweep(
         bool, typer.Option("--dry-run", help="Only say what would be measured.")
     ] = False,
 ) -> None:
-    """Measure all variants: params, MACs, memory, top-1 of shipped weights, latency.
+    """Measure variants: params, MACs, memory, top-1 of shipped weights, latency.
 
     Example: replivit sweep baselines efficientformer_l1 --budget-minutes 5
+
+    Without names: all are counted and scored, those in their paper's showcase also timed. Papers
+    and variants that are named are measured in full, as are all with --profile full.
 
     Each cell runs in a fresh process; its records are kept at once. Stopped at any moment, the
     same command goes on with what is missing. A model that fails is a row that says so.
