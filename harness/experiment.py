@@ -40,6 +40,7 @@ class ExperimentResult:
         figures: name -> matplotlib figure; `harness.run` saves them as SVG and PNG.
         notes: what a reader must know (sizes, what differs from the paper).
         conditions: device, threads, track, seeds ... of the whole table.
+        detail: plain values that are recorded but not shown (a search's trace).
     """
 
     rows: list[dict[str, Any]]
@@ -48,6 +49,7 @@ class ExperimentResult:
     figures: dict[str, Figure] = field(default_factory=dict)
     notes: str = ""
     conditions: Conditions = field(default_factory=Conditions)
+    detail: dict[str, Any] = field(default_factory=dict)
     # filled in by `harness.run`
     name: str = ""
     title: str = ""
@@ -102,6 +104,7 @@ def run(
         started=started,
         duration_s=time.perf_counter() - tick,
         detail={
+            **result.detail,
             "scale": scale,
             "options": {key: str(value) for key, value in options.items()},
             "rows": result.rows,

@@ -106,6 +106,10 @@ class VariantSpec(Fact):
         default_factory=dict, description="track -> shipped safetensors file in the directory"
     )
     recipe: str | None = Field(None, description="name of the training recipe, if not the track's")
+    objective: str | None = Field(
+        None, pattern=REFERENCE, description="callable(teacher=None, weights=None) -> Objective: "
+        "what the method optimises, if not the plain classification loss"
+    )  # fmt: skip
     showcase: bool = Field(
         True, description="whether the main job times it; a sweep that names it always does"
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +51,33 @@ def time_models(
         options |= {"clock": time.process_time, "limits": _WAITING}
     with _threads(threads):
         return time_callables(calls, **options)
+
+
+def time_images(
+    model: nn.Module, images: Tensor, repeats: int = 5, *, threads: int = 1
+) -> np.ndarray:
+    """Seconds of single images on a CPU: `(repeats, N)` for images `(N, 3, H, W)`.
+
+    Each repeat goes through all images in an order of its own, so that drift is no property of an
+    image. The spread down a column is noise; only what columns differ by beyond it is the image's.
+    CPU time on one thread, else the clock's.
+
+    Raises:
+        ValueError: nothing to time.
+    """
+    if len(images) == 0 or repeats < 1:
+        raise ValueError("timing needs at least one image and one repeat")
+    clock = time.process_time if threads == 1 else time.perf_counter
+    seconds, random = np.empty((repeats, len(images))), np.random.default_rng(0)
+    with _threads(threads), torch.inference_mode():
+        for _ in range(3):
+            model(images[:1])
+        for row in seconds:
+            for index in random.permutation(len(images)):
+                start = clock()
+                model(images[index : index + 1])
+                row[index] = clock() - start
+    return seconds
 
 
 def _cycled(model: nn.Module, batches: Sequence[Tensor]) -> Callable[[], object]:

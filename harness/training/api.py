@@ -99,7 +99,8 @@ def train(
         variant: a variant's name, or a module (a method's own; trained in place).
         recipe: a `Recipe`, a recipe's name or file, or a mapping of single values over the recipe
             it `extends`, else over the default: the paper's own on its track, else the protocol.
-        objective: what the method optimises; default `CrossEntropy`. A new one for every run.
+        objective: what the method optimises; default the variant's own, else `CrossEntropy`. A
+            new one for every run.
         out: the run's directory; default `training/<name>/<track>/seed<seed>-<digest>` at home.
         init: weights to start from, a file or a state dict; what does not fit (another head) stays
             as built, and the run says so.
@@ -125,7 +126,7 @@ def train(
         dataset, _ = data.hold_out(dataset, hold_out)
     recipe = _recipe(recipe, chosen, track, dataset.track, epochs, device)
     if objective is None:
-        objective = _default_objective(recipe)
+        objective = _default_objective(recipe, chosen)
     accelerator = _accelerator(recipe, device, objective)
 
     set_seed(seed)
@@ -162,6 +163,7 @@ def train(
         model=model, recipe=recipe, accelerator=accelerator, seed=seed, track=str(track),
         num_classes=len(dataset.classes), image_size=size, input=spec,
         steps_per_epoch=order.steps, directory=directory, root=root, name=label,
+        starts_trained=init is not None,
     )  # fmt: skip
     trainer = Trainer(
         context, Batches(dataset, order, spec, size, accelerator.device), objective, callbacks,
@@ -183,7 +185,10 @@ def _training_images(track: str, root: str | Path | None) -> ImageDataset:
     return load_split(track, "train", root=root)
 
 
-def _default_objective(recipe: Recipe) -> Objective:
+def _default_objective(recipe: Recipe, variant: Variant | None) -> Objective:
+    own = variant.hook("objective") if variant else None
+    if own is not None:
+        return own()
     if recipe.distillation != "none":
         raise ReplivitError(
             f"recipe {recipe.name} distils ({recipe.distillation}) and needs a teacher; give one, "

@@ -30,6 +30,7 @@ class Context:
         model: the module itself; `network` is what runs it (wrapped for several devices,
             compiled), and is what `Objective.loss` gets.
         epoch, step: of the step under way, from 0; `step` counts within the epoch.
+        starts_trained: whether weights were given to start from.
         updates: optimizer updates done so far.
         images_seen: training images shown so far, over all processes.
         row: the columns of this epoch's log; `on_epoch_end` may add numbers to it.
@@ -47,6 +48,7 @@ class Context:
     directory: Path
     root: str | Path | None = None
     name: str = ""
+    starts_trained: bool = False
     network: nn.Module | None = None
     optimizer: torch.optim.Optimizer | None = None
     epoch: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from harness.errors import ReplivitError
-from harness.training.recipe import Recipe
+from harness.training.recipe import ParameterGroup, Recipe
 
 #: torch has a fused kernel for these, on CPU and CUDA; unfused they cost a small model a tenth.
 FUSED = ("adam", "adamw")
@@ -38,7 +39,45 @@ def weight_decay_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]
         if not found:
             raise ReplivitError(f"recipe {recipe.name}: no_decay: {pattern!r} matches no parameter")
         exempt.update(found)
+    if recipe.parameter_groups:
+        return _own_rates(model, recipe, exempt)
     return param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=exempt)
+
+
+def _own_rates(model: nn.Module, recipe: Recipe, exempt: set[str]) -> list[dict[str, Any]]:
+    """Groups by the recipe's `parameter_groups`, each split into what decays and what does not."""
+    rest = ParameterGroup(match=("*",))
+    for number, rule in enumerate(recipe.parameter_groups):
+        if rule == ParameterGroup(match=rule.match):
+            continue  # names what learns at the full rate, and may be absent: new modules
+        for pattern in rule.match:
+            if not any(fnmatch.fnmatch(name, pattern) for name, _ in model.named_parameters()):
+                raise ReplivitError(
+                    f"recipe {recipe.name}: parameter_groups.{number}: {pattern!r} matches no "
+                    "parameter"
+                )
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        rule = next(
+            (
+                one
+                for one in recipe.parameter_groups
+                if any(fnmatch.fnmatch(name, pattern) for pattern in one.match)
+            ),
+            rest,
+        )
+        if rule.lr_scale == 0 or not parameter.requires_grad:
+            continue
+        bare = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
+        group = {
+            "weight_decay": 0.0 if bare else recipe.weight_decay,
+            "lr_scale": rule.lr_scale,  # timm's schedulers multiply by it
+            "frozen_epochs": rule.frozen_epochs,
+        }
+        groups.setdefault(tuple(group.values()), {**group, "params": []})["params"].append(
+            parameter
+        )
+    return list(groups.values())
 
 
 def create_optimizer(
@@ -81,7 +120,11 @@ class Schedule:
     ) -> None:
         self._recipe = recipe
         self._steps_per_epoch = steps_per_epoch
-        self._scheduler: Scheduler = create_scheduler_v2(
+        self._optimizer = optimizer
+        if recipe.scheduler == "cosine_after_warmup":
+            self._scheduler: Scheduler = _CosineAfterWarmup(optimizer, recipe, steps_per_epoch)
+            return
+        self._scheduler = create_scheduler_v2(
             optimizer,
             # a constant rate is steps that multiply by one (older timm has no "constant")
             sched="cosine" if recipe.scheduler == "cosine" else "step",
@@ -101,6 +144,37 @@ class Schedule:
             self._scheduler.step(max(0, epoch - self._recipe.lr_lag_epochs))
         else:
             self._scheduler.step_update(epoch * self._steps_per_epoch + step)
+        for group in self._optimizer.param_groups:
+            if epoch < group.get("frozen_epochs", 0):
+                group["lr"] = 0.0
+
+
+class _CosineAfterWarmup(Scheduler):
+    """Linear from `warmup_lr` to the peak, both included, then a cosine over what is left.
+
+    The schedule of ConvNeXt's code, which many fine-tuning methods took over. It counts steps, or
+    epochs where the recipe sets the rate by epoch.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int
+    ) -> None:
+        by_epoch = recipe.lr_updates == "epoch"
+        super().__init__(optimizer, param_group_field="lr", t_in_epochs=by_epoch)
+        length = 1 if by_epoch else steps_per_epoch
+        self._recipe, self._total = recipe, recipe.epochs * length
+        self._warmup = min(recipe.warmup_epochs, recipe.epochs) * length
+
+    def _get_lr(self, t: int) -> list[float]:
+        return [self._rate(t, peak) for peak in self.base_values]
+
+    def _rate(self, t: int, peak: float) -> float:
+        if t < self._warmup:
+            start = self._recipe.warmup_lr
+            return start + (peak - start) * t / max(1, self._warmup - 1)
+        done = (t - self._warmup) / max(1, self._total - self._warmup)
+        low = self._recipe.min_lr
+        return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * done))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], recipe: Recipe) -> None:

@@ -20,6 +20,14 @@ from harness.registry import Variant
 RECIPES = Path(__file__).parent / "recipes"
 
 
+class ParameterGroup(Fact):
+    """Parameters that learn at a rate of their own."""
+
+    match: tuple[str, ...] = Field(description="names of parameters (fnmatch)")
+    lr_scale: float = Field(1.0, ge=0, description="factor of the learning rate; 0 = not trained")
+    frozen_epochs: int = Field(0, ge=0, description="epochs at learning rate 0 before it starts")
+
+
 class Recipe(Fact):
     """How to train. Frozen; `changed()` gives a variation of it."""
 
@@ -49,8 +57,16 @@ class Recipe(Fact):
         False, description="decay also what the model's no_weight_decay() exempts"
     )
 
+    parameter_groups: tuple[ParameterGroup, ...] = Field(
+        (), description="the first that matches a parameter holds; others learn at the full rate"
+    )
+
     # learning-rate schedule
-    scheduler: Literal["cosine", "constant"] = "cosine"
+    scheduler: Literal["cosine", "cosine_after_warmup", "constant"] = Field(
+        "cosine",
+        description="cosine: over all epochs, its beginning hidden by the warm-up; "
+        "cosine_after_warmup: over the epochs after it, as ConvNeXt's code does",
+    )
     warmup_epochs: int = Field(5, ge=0)
     warmup_lr: float = Field(1e-6, ge=0, description="where the linear warm-up starts")
     min_lr: float = Field(1e-5, ge=0, description="where the cosine ends")

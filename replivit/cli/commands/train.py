@@ -134,7 +134,8 @@ def train(
     runs = []
     for number in numbers:
         several = directory is not None and len(numbers) > 1
-        distil = Distillation(teacher, weights=teacher_weights) if teacher else None
+        method = chosen.hook("objective") or Distillation  # a method may distil in its own way
+        distil = method(teacher, weights=teacher_weights) if teacher else None
         runs.append(
             run(
                 chosen.name, track, changes, number,

@@ -1,0 +1,1 @@
+"""DynamicViT: prediction heads that throw away the least useful tokens, stage by stage."""
