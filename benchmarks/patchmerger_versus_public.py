@@ -1,0 +1,115 @@
+"""Our PatchMerger ViT against vit-pytorch's: the same weights, in one process, in alternation.
+
+The authors of the paper released no code; vit-pytorch has the layout nearest to theirs. It is
+imported from your own checkout and needs `einops`:
+
+    git clone https://github.com/lucidrains/vit-pytorch
+    python benchmarks/patchmerger_versus_public.py --vit-pytorch vit-pytorch --batch 1 8
+
+Outputs are compared first: a speed counts only for the same function. Three forms take turns:
+theirs, ours, ours deployed; behind them the dense parent of ours, for the gain of merging.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import nn
+
+import harness
+from harness.errors import ReplivitError
+from harness.measurement.side_by_side import time_models
+from harness.measurement.yardstick import seeded_images
+
+FILE = "vit_pytorch/vit_with_patch_merger.py"
+#: Our variant -> width and heads of theirs.
+SIZES = {"patchmerger_vit_ti": (192, 3), "patchmerger_vit_s": (384, 6)}
+RELATIVE_ERROR = 1e-5
+
+
+def load_theirs(checkout: Path) -> ModuleType:
+    """Their module.
+
+    Raises:
+        ReplivitError: no such file in the checkout, or `einops` is missing.
+    """
+    path = checkout / FILE
+    if not path.is_file():
+        raise ReplivitError(f"{path} is missing: is {checkout} a checkout of vit-pytorch?")
+    spec = importlib.util.spec_from_file_location("vit_with_patch_merger", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise ReplivitError(f"vit-pytorch needs a package that is not here: {error}") from error
+    return module
+
+
+def build(variant: str, theirs: ModuleType) -> dict[str, nn.Module]:
+    """All forms of a variant with the same random weights; the dense parent has its own."""
+    dim, heads = SIZES[variant]
+    torch.manual_seed(0)
+    original = theirs.ViT(
+        image_size=224, patch_size=16, num_classes=1000, dim=dim, depth=12, heads=heads,
+        mlp_dim=4 * dim,
+    ).eval()  # fmt: skip
+    ours = harness.load_official(variant, original.state_dict())
+    dense = harness.build(variant, layers=()).eval()
+    return {"theirs": original, "ours": ours, "deployed": harness.deploy(ours), "dense": dense}
+
+
+@torch.inference_mode()
+def relative_error(model: nn.Module, reference: nn.Module, images: torch.Tensor) -> float:
+    """||model - reference|| / ||reference|| of the outputs."""
+    wanted = reference(images)
+    return float((model(images) - wanted).norm() / wanted.norm())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vit-pytorch", type=Path, required=True, help="their checkout")
+    parser.add_argument("variants", nargs="*", default=list(SIZES))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=1, help="one is timed by its CPU time")
+    parser.add_argument("--budget-s", type=float, default=20.0, help="seconds per race")
+    arguments = parser.parse_args()
+    passed = True
+    try:
+        theirs = load_theirs(arguments.vit_pytorch)
+        for variant in arguments.variants:
+            if variant not in SIZES:
+                raise ReplivitError(f"no race known for {variant}; known: {', '.join(SIZES)}")
+            models = build(variant, theirs)
+            for batch in arguments.batch:
+                images = seeded_images(batch, 224, count=1)
+                timings = time_models(
+                    models, images, threads=arguments.threads, budget_s=arguments.budget_s
+                )
+                for name in ("ours", "deployed", "dense"):
+                    own = timings[name]
+                    error = relative_error(models[name], models["theirs"], images[0])
+                    good = name == "dense" or error <= RELATIVE_ERROR
+                    passed = passed and good
+                    low, high = (1 / bound for bound in reversed(own.ratio_interval))
+                    print(
+                        f"{variant:20} batch {batch:3} {name:9} {1e3 * own.median:8.2f} ms  "
+                        f"{1 / own.ratio:5.2f}x theirs ({low:.2f} to {high:.2f}, "
+                        f"{own.ratio_status})"
+                        + ("" if name == "dense" else f"  error {error:.0e}")
+                        + ("" if good else "  NOT THE SAME FUNCTION"),
+                        flush=True,
+                    )
+    except ReplivitError as error:
+        sys.exit(f"error: {error}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""PatchMerger: learned queries merge all tokens of a vision transformer into a few."""
