@@ -4,6 +4,8 @@ Every arm starts from the same trained parent and trains for the same number of 
 same recipe; the *dense control* is the parent itself, trained on for as long. Several seeds give
 several parents. Every run is an ordinary `harness.train` run: it is found again when it is
 finished and goes on when it was stopped, and papers that share a parent or a control share the run.
+Seeds may be trained side by side by commands of their own (`--set seeds=0`, `--set seeds=1`); the
+one that asks for all of them then only reads.
 
     arms = [
         Arm("learned", "dynamicvit_micro", {"keep_ratio": 0.7}, objective=DynamicViTObjective,
@@ -52,7 +54,7 @@ class Arm:
         name: what rows, claims and pictures call it.
         variant, options: what is built.
         objective: makes the objective of a run, given the dense parent of its seed (a copy, in
-            evaluation mode: a teacher). Default: cross-entropy.
+            evaluation mode: a teacher). Default: the variant's own, else cross-entropy.
         callbacks: makes the callbacks of a run.
         recipe: fields of the recipe in which this arm differs from the others.
         new: patterns (fnmatch) of weights that the parent does not have; all others must come
@@ -138,6 +140,12 @@ SCALES: dict[str, Setting] = {
     ),
 }  # fmt: skip
 
+#: Options that are numbers, and the least that makes sense.
+LEAST = {
+    "epochs": 1, "parent_epochs": 1, "train_images": 1, "test_images": 1, "cost_images": 1,
+    "batch_size": 1, "seconds": 0, "threads": 1,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Run:
@@ -169,13 +177,18 @@ def choose_setting(scale: str, changes: Mapping[str, Any]) -> Setting:
     if scale not in SCALES:
         raise ReplivitError(f"no scale {scale!r}; known: {', '.join(SCALES)}")
     known = [one.name for one in fields(Setting)]
-    for name in changes:
+    for name, value in changes.items():
         if name not in known:
             raise ReplivitError(f"no option {name!r}; the options are: {', '.join(known)}")
+        least = LEAST.get(name)
+        if least is None or (value is None and getattr(SCALES["small"], name) is None):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
+            raise ReplivitError(f"option {name} must be a number from {least} on, not {value!r}")
     setting = replace(SCALES[scale], **changes)
     seeds = (setting.seeds,) if isinstance(setting.seeds, int) else tuple(setting.seeds)
-    if not seeds or len(set(seeds)) < len(seeds) or setting.epochs < 1:
-        raise ReplivitError("a comparison needs at least one epoch and seeds that differ")
+    if not seeds or len(set(seeds)) < len(seeds) or any(type(one) is not int for one in seeds):
+        raise ReplivitError(f"seeds must be whole numbers that differ, not {setting.seeds!r}")
     return replace(setting, seeds=seeds)
 
 

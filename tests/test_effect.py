@@ -143,8 +143,11 @@ def test_weights_that_do_not_fit_are_refused():
     [
         ({"scale": "huge"}, "no scale 'huge'; known: tiny, small, paper"),
         ({"epoch": 3}, "no option 'epoch'; the options are: track, parent"),
-        ({"seeds": (0, 0)}, "seeds that differ"),
-        ({"epochs": 0}, "at least one epoch"),
+        ({"seeds": (0, 0)}, r"whole numbers that differ, not \(0, 0\)"),
+        ({"seeds": "0,1"}, "whole numbers that differ, not '0,1'"),
+        ({"epochs": 0}, "option epochs must be a number from 1 on, not 0"),
+        ({"seconds": "long"}, "option seconds must be a number from 0 on, not 'long'"),
+        ({"batch_size": None}, "option batch_size must be a number from 1 on, not None"),
         ({"claims": [Claim("?", "nobody", CONTROL)]}, "no arm 'nobody'; there are parent, dense"),
         ({"arms": [Arm(PARENT, "vit_micro")]}, "arms need names of their own"),
     ],
@@ -159,6 +162,7 @@ def test_settings_from_the_command_line():
     assert choose_setting("small", {"seeds": [3, 4]}).seeds == (3, 4)
     assert choose_setting("small", {"seeds": 5}).seeds == (5,)
     assert choose_setting("small", {}).seeds == (0, 1, 2)
+    assert choose_setting("tiny", {"train_images": None}).train_images is None
 
 
 # the words

@@ -209,11 +209,13 @@ def _draw(
     panels[0].plot(np.sort(macs) / np.mean(macs), drawstyle="steps-mid", color="#c44e52")
     panels[0].set(
         ylim=(0, 1.5), xlabel="image, by its cost", ylabel="MACs / their mean",
-        title=f"MACs: {np.mean(macs) / 1e6:.2f} M, always",
+        title=f"MACs: {np.mean(macs) / 1e6:.2f} M"
+        + (" for every image" if len(set(macs)) == 1 else " on average"),
     )  # fmt: skip
-    for (name, values), colour in zip(seconds.items(), ("#c44e52", "#4c72b0"), strict=True):
-        medians = 1e3 * np.median(values, axis=0)
-        panels[1].hist(medians, bins=30, alpha=0.7, color=colour, label=name)
+    medians = {name: 1e3 * np.median(values, axis=0) for name, values in seconds.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(medians.values())), bins=40)
+    for (name, values), colour in zip(medians.items(), ("#c44e52", "#4c72b0"), strict=True):
+        panels[1].hist(values, bins=edges, alpha=0.7, color=colour, label=name)
     panels[1].set(xlabel="latency, ms", ylabel="images", title="Latency, batch 1")
     panels[1].legend(frameon=False, fontsize=8)
     for axes in panels[:2]:

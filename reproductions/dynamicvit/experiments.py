@@ -352,15 +352,18 @@ def _count(model: Model) -> tuple[int, int]:
 
 def _draw(rows: Sequence[dict[str, Any]], counted: Sequence[Recount]) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    macs = sorted((one for one in counted if one.metric == "macs_g"), key=lambda one: one.relative)
+    macs = [one for one in counted if one.metric == "macs_g" and "issue" not in one.source]
+    macs.sort(key=lambda one: one.relative)
     panels = 2 if macs else 1
     height = max(4.4, 0.19 * len(macs) + 1.2)
     figure = Figure(figsize=(5.6 * panels, height), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     _draw_speed(axes[0], rows)
     if macs:
-        colours = ["#4c72b0" if one.finding.outcome == "reproduced" else "#c44e52" for one in macs]
+        palette = {"reproduced": "#4c72b0", "deviates": "#c44e52"}
+        colours = [palette[one.finding.outcome] for one in macs]
         axes[1].barh(range(len(macs)), [100 * one.relative for one in macs], color=colours)
         labels = [f"{one.name}: {one.printed:g} G" for one in macs]
         axes[1].set_yticks(range(len(macs)), labels, fontsize=7)
@@ -370,6 +373,8 @@ def _draw(rows: Sequence[dict[str, Any]], counted: Sequence[Recount]) -> Figure:
             title="Printed MACs, counted again",
         )
         axes[1].spines[["top", "right"]].set_visible(False)
+        handles = [Patch(color=colour, label=name) for name, colour in palette.items()]
+        axes[1].legend(handles=handles, frameon=False, fontsize=9, loc="lower right")
     return figure
 
 
