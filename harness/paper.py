@@ -110,9 +110,6 @@ class VariantSpec(Fact):
         None, pattern=REFERENCE, description="callable(teacher=None, weights=None) -> Objective: "
         "what the method optimises, if not the plain classification loss"
     )  # fmt: skip
-    showcase: bool = Field(
-        True, description="whether the main job times it; a sweep that names it always does"
-    )
 
 
 class ExperimentSpec(Fact):
@@ -159,6 +156,9 @@ class PaperFile(Fact):
     notes: list[str] = Field(default_factory=list, description="where paper and code differ")
     reference: bool = Field(False, description="rows for comparison, not a reproduction")
     variants: dict[str, VariantSpec]
+    showcase: list[str] | None = Field(
+        None, description="variants that the main job times, default all; it counts the others too"
+    )
     experiments: dict[str, ExperimentSpec] = Field(default_factory=dict)
     official_weights: list[OfficialWeights] = Field(default_factory=list)
     published: list[Published] = Field(default_factory=list)
@@ -175,10 +175,13 @@ class PaperFile(Fact):
         return rows
 
     @model_validator(mode="after")
-    def _of_names_a_variant(self) -> PaperFile:
+    def _names_are_variants(self) -> PaperFile:
         for number, row in enumerate(self.published):
             if row.of is not None and row.of not in self.variants:
                 raise ValueError(f"published.{number}.of: {row.of!r} is not a variant of this file")
+        for name in self.showcase or ():
+            if name not in self.variants:
+                raise ValueError(f"showcase: {name!r} is not a variant of this file")
         return self
 
 

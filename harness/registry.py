@@ -69,6 +69,12 @@ class Variant:
     def track(self) -> str:
         return self.spec.track
 
+    @property
+    def in_showcase(self) -> bool:
+        """Whether the main job times it; a sweep that names it always does."""
+        chosen = self.paper.facts.showcase
+        return chosen is None or self.name in chosen
+
     def weights_file(self, track: str | None = None) -> Path | None:
         """The shipped weights for `track` (default: the variant's own), or None."""
         name = self.spec.weights.get(track or self.spec.track)

@@ -96,7 +96,7 @@ def plan(
             Cell(variant.name, "accuracy", track=track, batch_size=64, **common)
             for track in variant.spec.weights
         ]
-        if variants is None and profile == "quick" and not variant.spec.showcase:
+        if variants is None and profile == "quick" and not variant.in_showcase:
             continue
         small, large = (1, TRAINING_BATCH), (32, 32)
         for inference, training in (small, large) if profile == "full" else (small,):

@@ -43,6 +43,7 @@ def test_good_file_is_read(tmp_path):
         ('build: "model:toy"', "build: model.toy", 9, ["variants.toy_one.build"]),
         ("seen: true", "seen: true, page: 3", 11, ["published.0.page", "unknown key"]),
         ("of: toy_one", "of: toy_two", 1, ["toy_two", "not a variant"]),
+        ("summary: Small.", "showcase: [toy_two]\nsummary: Small.", 1, ["showcase", "toy_two"]),
         ("key: toy", "key: Toy Paper", 1, ["key"]),
     ],
 )

@@ -47,10 +47,6 @@ def bench_of_fakes(monkeypatch):
     return measured
 
 
-def replace_spec(variant, **fields):
-    return replace(variant, spec=variant.spec.model_copy(update=fields))
-
-
 def records_of(cell: Cell, run_id: str = "x", **fields) -> list:
     variant = get_variant(cell.variant)
     value = 2e6 if cell.variant == WIDE else 1e6
@@ -86,14 +82,16 @@ def test_shipped_weights_are_evaluated_and_reference_papers_stay_eager():
     cells = plan()
     assert {(one.variant, one.track) for one in cells if one.group == "accuracy"} == shipped
     assert {one.variant for one in cells if one.group == "counts"} == {v.name for v in variants}
-    showcase = [one for one in variants if one.spec.showcase]
+    showcase = [one for one in variants if one.in_showcase]
     assert {one.variant for one in cells if one.group == "latency"} == {v.name for v in showcase}
     deployed = {one.variant for one in cells if one.backend == "deploy"}
     assert deployed == {one.name for one in showcase if not one.paper.facts.reference}
 
 
 def test_outside_the_showcase_a_variant_is_timed_when_it_is_named(monkeypatch):
-    modest = replace_spec(get_variant(SMALL), showcase=False)
+    small = get_variant(SMALL)
+    facts = small.paper.facts.model_copy(update={"showcase": [WIDE]})
+    modest = replace(small, paper=replace(small.paper, facts=facts))
     monkeypatch.setattr(sweep, "all_variants", lambda: [modest])
     assert [one.group for one in plan()] == ["counts"]
     assert "latency" in {one.group for one in plan([modest])}
