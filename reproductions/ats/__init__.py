@@ -1,0 +1,1 @@
+"""ATS: adaptive token sampling, a number of tokens that depends on the image."""
