@@ -1,7 +1,7 @@
 """Does adaptive sampling pay on real images?
 
     replivit run ats/effect                                     # fashion_mini, three seeds
-    replivit run ats/effect --set track=cifar10 --set topk_tokens=30,25,22,19
+    replivit run ats/effect --set track=cifar10 --set topk_tokens="[30,25,22,19]"
     replivit run ats/effect --scale paper --set parent_weights=deit_small.pth
 
 From the same trained parents: ATS put in without any training, and trained on for the same extra
