@@ -112,11 +112,13 @@ class Row:
 
     @property
     def published_top1(self) -> float | None:
-        """The first top-1 that the paper's file lists for this variant, in percent."""
+        """The first top-1 that the paper's file lists for this variant and whose source was read,
+        in percent."""
         if self.variant is None or self.variant.track != self.track:
             return None
         for row in self.variant.paper.facts.published:
-            if row.of == self.name and row.metric == "top1" and isinstance(row.value, float | int):
+            found = row.of == self.name and row.metric == "top1" and row.seen
+            if found and isinstance(row.value, float | int):
                 return float(row.value)
         return None
 

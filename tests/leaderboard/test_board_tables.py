@@ -146,9 +146,10 @@ def test_records_shipped_beside_weights_are_read_and_torn_lines_reported(tmp_pat
     assert len(board.notices) == 1 and "line 2" in board.notices[0]
 
 
-def test_published_top1_is_the_first_of_the_papers_file(tmp_path):
+def test_published_top1_is_the_first_of_the_papers_file_that_was_read(tmp_path):
     row = {"variant": "A", "of": "p_a", "metric": "top1", "unit": "%", "source": "s", "seen": True}
-    published = [{**row, "value": 79.2}, {**row, "value": 80.2, "source": "t"}]
+    hearsay = {**row, "value": 78.2, "source": "memory", "seen": False}
+    published = [hearsay, {**row, "value": 79.2}, {**row, "value": 80.2, "source": "t"}]
     board = board_of(tmp_path, [], published=published)
     assert board.rows[0].published_top1 == 79.2
 
