@@ -254,7 +254,7 @@ def test_an_empty_case_is_a_useful_page(tmp_path):
 def test_papers_without_records_show_what_they_printed(tmp_path):
     published = [
         {"variant": "A", "of": "p_a", "metric": "top1", "value": 79.2, "unit": "%", "source": "s",
-         "seen": False},
+         "seen": True},
     ]  # fmt: skip
     paper = make_paper(tmp_path, "p", published=published)
     site = build_site(make_store(tmp_path / "r", []), tmp_path / "s", [paper])
