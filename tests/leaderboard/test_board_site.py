@@ -252,13 +252,12 @@ def test_an_empty_case_is_a_useful_page(tmp_path):
 
 
 def test_papers_without_records_show_what_they_printed(tmp_path):
-    published = [
-        {"variant": "A", "of": "p_a", "metric": "top1", "value": 79.2, "unit": "%", "source": "s",
-         "seen": True},
-    ]  # fmt: skip
+    row = {"variant": "A", "of": "p_a", "metric": "top1", "unit": "%", "source": "s"}
+    published = [{**row, "value": 79.2, "seen": True}, {**row, "value": 80.1, "seen": False}]
     paper = make_paper(tmp_path, "p", published=published)
     site = build_site(make_store(tmp_path / "r", []), tmp_path / "s", [paper])
-    assert "79.2 published" in Page(site.index).words
+    board = Page(site.index).words
+    assert "79.2 published" in board and "80.1" not in board
     assert "(source not read)" in Page(site.papers["p"]).words
 
 
