@@ -1,0 +1,1 @@
+"""AutoFormer: Searching Transformers for Visual Recognition (ICCV 2021)."""
