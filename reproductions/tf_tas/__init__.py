@@ -1,0 +1,1 @@
+"""TF-TAS: training-free transformer architecture search with the DSS-indicator."""
