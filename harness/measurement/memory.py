@@ -129,10 +129,14 @@ def inference_memory(
 
 
 def _loss(output: Any) -> torch.Tensor:
-    """Cross-entropy of logits `(B, num_classes)`, summed over heads where there are several."""
+    """Cross-entropy of logits `(B, num_classes)`, summed over heads where there are several.
+
+    Of an answer with a part called `logits`, that part.
+    """
     import torch
     from torch.nn import functional as F
 
+    output = getattr(output, "logits", output)
     heads = output if isinstance(output, tuple | list) else (output,)
     classes = [torch.arange(len(one), device=one.device) % one.shape[-1] for one in heads]
     return sum(F.cross_entropy(one.float(), y) for one, y in zip(heads, classes, strict=True))

@@ -102,9 +102,14 @@ def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Te
 
 
 def only_logits(output: Any) -> Tensor:
-    """The logits `(B, K)` that a model answers with; of two heads their mean, as in evaluation."""
+    """The logits `(B, K)` that a model answers with; of two heads their mean, as in evaluation.
+
+    An answer of several parts names them `logits`, as models of Hugging Face do.
+    """
     if isinstance(output, Tensor):
         return output
+    if hasattr(output, "logits"):
+        return output.logits
     if isinstance(output, (tuple, list)) and len(output) == 2:
         return (output[0] + output[1]) / 2
     raise ReplivitError(f"the model answers with {type(output).__name__}, not with logits")

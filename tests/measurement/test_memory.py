@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -89,6 +90,25 @@ def test_training_takes_every_head_and_frozen_weights():
     training_memory(model, [torch.randn(6, 4)] * 2)
     changed = {name for name, value in model.state_dict().items() if (value != before[name]).any()}
     assert changed == set(before)
+
+
+def test_training_takes_the_logits_of_an_answer_with_parts():
+    class Answer(NamedTuple):
+        logits: torch.Tensor
+        features: torch.Tensor
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 10)
+
+        def forward(self, x):
+            return Answer(self.head(x), x[:, None].expand(-1, 7, -1))
+
+    model = Net()
+    before = model.head.weight.clone()
+    training_memory(model, [torch.randn(6, 4)] * 2)
+    assert (model.head.weight != before).any()
 
 
 def test_batch_norm_on_one_image_is_a_sentence():

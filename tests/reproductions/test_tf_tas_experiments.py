@@ -125,13 +125,18 @@ def test_correlation_experiment(monkeypatch, tmp_path):
     monkeypatch.setattr(correlation_module, "train", pretend)
     result = correlation("tiny", subnets=6, equal=4, batch=4, resamples=50)
     proxies = {row["name"]: row for row in result.rows if row["what"] == "proxy"}
-    subnets = [row for row in result.rows if row["what"] == "subnet"]
-    assert set(proxies) == {*SIZES, *PROXIES} and len(subnets) == len(trained) == 10
-    assert all(0.225e6 <= row["params"] <= 0.235e6 for row in subnets if row["group"] == "equal")
-    whole = [row for row in subnets if row["group"] == "space"]
-    for name, row in proxies.items():
-        wanted = kendall([one[name] for one in whole], [one["top1"] for one in whole])
-        assert row["tau"] == pytest.approx(wanted, abs=1e-3)
+    groups = {name: [row for row in result.rows if row["what"] == f"subnet ({name})"]
+              for name in ("space", "equal")}  # fmt: skip
+    assert set(proxies) == {*SIZES, *PROXIES}
+    assert len(groups["space"]) == 6 and len(groups["equal"]) == 4 and len(trained) == 10
+    assert all(0.225e6 <= row["params"] <= 0.235e6 for row in groups["equal"])
+    for name in PROXIES:
+        for group, column in (("space", "tau"), ("equal", "tau_equal")):
+            scores = [row["detail"][name] for row in groups[group]]
+            wanted = kendall(scores, [row["top1"] for row in groups[group]])
+            assert proxies[name][column] == pytest.approx(wanted, abs=1e-3)
+        low, high = proxies[name]["detail"]["tau"]
+        assert -1 <= low <= high <= 1
     assert proxies["params"]["tau_fixed_size"] is None
     assert proxies["dss_shipped"]["tau_equal"] is not None
     assert all(set(row) == set(result.rows[0]) for row in result.rows)

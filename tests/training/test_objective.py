@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -35,6 +37,7 @@ def test_cross_entropy_is_timms():
 def test_two_heads_answer_with_their_mean():
     a, b = torch.randn(2, 3), torch.randn(2, 3)
     assert torch.equal(only_logits((a, b)), (a + b) / 2)
+    assert only_logits(SimpleNamespace(logits=a, features=b)) is a
     with pytest.raises(ReplivitError, match="dict, not with logits"):
         only_logits({"logits": a})
 
