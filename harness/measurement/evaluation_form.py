@@ -50,18 +50,24 @@ def evaluation_form(module: nn.Module) -> Iterator[None]:
 
     Attention's inference fast path is off inside: it is one opaque kernel that no counter sees.
     `no_grad` and not `inference_mode`, since a table that the module caches meanwhile must stay
-    usable in training.
+    usable in training. No parameter asks for a gradient: torch's counter stumbles over a view of
+    one that does.
     """
     flags = {part: part.training for part in module.modules()}
+    trained = [one for one in module.parameters() if one.requires_grad]
     fast_path = torch.backends.mha.get_fastpath_enabled()
     devices = sorted({one.device.index for one in module.parameters() if one.is_cuda})
     try:
         module.eval()
+        for one in trained:
+            one.requires_grad_(False)
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        for one in trained:
+            one.requires_grad_(True)
         for part, training in flags.items():  # parents first, so that children have the last word
             if part.training != training:
                 part.train(training)

@@ -91,13 +91,13 @@ def correlation(scale: str = "small", **options: Any) -> ExperimentResult:
     proxies = Proxies(space, settings)
     groups = _draw(space, proxies.supernet.params_of, settings)
     rows = [
-        {"what": "subnet", "group": group, "name": str(config), **proxies.of(config),
+        {"group": group, "name": str(config), **proxies.of(config),
          "top1": _accuracy(space, config, settings)}
         for group, configs in groups.items() for config in configs
     ]  # fmt: skip
     ranks = _ranks(rows, settings.resamples)
     return ExperimentResult(
-        rows=[_filled(row) for row in (*_table(ranks), *rows)],
+        rows=_table(ranks, rows),
         findings=_findings(ranks, rows),
         published=published("kendall_tau"),
         figures={"correlation": _figure(rows, ranks)},
@@ -210,26 +210,21 @@ def _ranks(rows: list[dict[str, Any]], resamples: int) -> list[Ranks]:
     return found
 
 
-def _table(ranks: list[Ranks]) -> list[dict[str, Any]]:
+def _table(ranks: list[Ranks], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each proxy, then one for each subnet, with the same columns."""
     columns = {"tau": "tau", "tau_fixed_size": "fixed_size", "tau_equal": "equal"}
-    rows = []
+    table = []
     for one in ranks:
-        row: dict[str, Any] = {"what": "proxy", "name": one.name}
-        for column, attribute in columns.items():
-            found = getattr(one, attribute)
-            row[column] = found and round(found.tau, 3)
-            row[f"{column}_95"] = found and [round(end, 3) for end in found.interval]
-        rows.append(row)
-    return rows
-
-
-def _filled(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with all columns of the table; what does not apply is None."""
-    taus = [
-        f"{name}{end}" for name in ("tau", "tau_fixed_size", "tau_equal") for end in ("", "_95")
-    ]
-    columns = ("what", "group", "name", *taus, "top1", *SIZES, *PROXIES)
-    return {column: row.get(column) for column in columns}
+        found = {column: getattr(one, attribute) for column, attribute in columns.items()}
+        taus = {column: rank and round(rank.tau, 3) for column, rank in found.items()}
+        ends = {column: [round(end, 2) for end in rank.interval]
+                for column, rank in found.items() if rank}  # fmt: skip
+        table.append({"what": "proxy", "name": one.name, **taus, "detail": ends})
+    for row in rows:
+        scores = {name: float(f"{row[name]:.6g}") for name in ("macs", *PROXIES)}
+        table.append({**row, "what": f"subnet ({row['group']})", "detail": scores})
+    names = ("what", "name", *columns, "params", "top1", "detail")
+    return [{name: row.get(name) for name in names} for row in table]
 
 
 def _findings(ranks: list[Ranks], rows: list[dict[str, Any]]) -> list[Finding]:
@@ -283,7 +278,8 @@ def _figure(rows: list[dict[str, Any]], ranks: list[Ranks]) -> Figure:
                 color=color, ms=4, label=label,
             )  # fmt: skip
         axes.set_title(f"{name}: tau {by_name[name].tau.tau:+.2f}", fontsize=10)
-        axes.ticklabel_format(style="sci", scilimits=(-2, 4), axis="x")
+        axes.ticklabel_format(style="sci", scilimits=(-3, 6), axis="x")
+        axes.locator_params(axis="x", nbins=4)
         axes.tick_params(labelsize=8)
         if place % 3 == 0:
             axes.set_ylabel("top-1 after training, %")

@@ -425,3 +425,19 @@ def test_every_kernel_of_a_small_vit_is_of_a_known_kind():
     kinds = {use.kind for use in found.unsupported.values()}
     assert {"elementwise", "normalisation"} <= kinds
     assert np.all([use.bytes_moved > 0 for use in found.unsupported.values()])
+
+
+def test_a_parameters_view_between_modules_is_counted():
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 1, 8))
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.inner(self.token.expand(len(x), -1, -1))
+
+    model = Token()
+    canonical, fvcore = counted(model, torch.randn(1, 3, 7, 7))
+    assert canonical.total == fvcore.total == 64
+    assert all(one.requires_grad for one in model.parameters())

@@ -19,6 +19,7 @@ import reproductions  # noqa: F401  (offers the variants to timm)
 from harness import registry
 from harness.data import input_spec
 from harness.errors import ReplivitError
+from harness.measurement.memory import training_memory
 
 VARIANTS = [variant.name for variant in harness.variants()]
 SMALL = [variant.name for variant in harness.variants() if variant.track != "imagenet"]
@@ -141,6 +142,14 @@ def test_every_parameter_gets_a_gradient(name):
     idle = [key for key, one in model.named_parameters() if one.grad is None or not one.grad.any()]
     assert idle == []
     assert all(one.grad.isfinite().all() for one in model.parameters())
+
+
+@small
+def test_a_step_of_plain_training_can_be_measured(name):
+    model = harness.build(name)
+    before = copy.deepcopy(model.state_dict())
+    training_memory(model, [images_for(model)] * 2)
+    assert any((value != before[key]).any() for key, value in model.state_dict().items())
 
 
 @small
