@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from harness.patches import ImageSize
 from reproductions.autoformer.counting import complexity_of, params_of
-from reproductions.autoformer.subnet import ImageSize, Subnet
+from reproductions.autoformer.subnet import Subnet
 
 
 def params(model: Subnet) -> int:

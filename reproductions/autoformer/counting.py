@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from harness.patches import ImageSize, patch_grid
 from reproductions.autoformer.space import Config, Space
-from reproductions.autoformer.subnet import ImageSize, Options, grid_of
+from reproductions.autoformer.subnet import Options
 
 DEFAULT = Options()
 
@@ -26,7 +27,7 @@ def params_of(
 
     Official code: `get_sampled_params_numel`.
     """
-    height, width = grid_of(image_size, space.patch_size)
+    height, width = patch_grid(image_size, space.patch_size, "AutoFormer")
     dim = config.embed_dim
     total = dim * (3 * space.patch_size**2 + 1)  # patch embedding
     total += dim  # class token
@@ -55,7 +56,7 @@ def complexity_of(
     token, and the relative positions as 28.5 per pair of tokens; no final norm, softmax or biases.
     Without absolute positions the released counter fails; here their half addition is left out.
     """
-    height, width = grid_of(image_size, space.patch_size)
+    height, width = patch_grid(image_size, space.patch_size, "AutoFormer")
     patches, dim = height * width, config.embed_dim
     tokens = patches + 2  # the counter adds the class token twice
     total = dim + patches * dim * 3 * space.patch_size**2

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from harness.patches import ImageSize
 from reproductions.autoformer.space import MICRO_SUBNET, PUBLISHED, Config, get_space
-from reproductions.autoformer.subnet import ImageSize, Subnet
+from reproductions.autoformer.subnet import Subnet
 from reproductions.autoformer.supernet import Supernet
 
 

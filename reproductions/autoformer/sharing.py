@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from harness.patches import ImageSize
 from reproductions.autoformer.space import Config, Space
-from reproductions.autoformer.subnet import DENSE, Block, ImageSize, Options, Subnet
+from reproductions.autoformer.subnet import DENSE, Block, Options, Subnet
 
 
 class ClassicalSupernet(nn.Module):

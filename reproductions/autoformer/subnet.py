@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
+from harness.patches import ImageSize, patch_grid
 from reproductions.autoformer.attention import Grid, RelativePosition, relative_attention
 from reproductions.autoformer.space import Config, Space
-
-ImageSize = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -63,28 +62,13 @@ class Layers:
 DENSE = Layers()
 
 
-def grid_of(image_size: ImageSize, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches.
-
-    Raises:
-        ValueError: the image does not divide into patches.
-    """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(height, width) < patch_size or height % patch_size or width % patch_size:
-        raise ValueError(
-            f"AutoFormer cuts images into patches of {patch_size}x{patch_size}: image_size must be "
-            f"a multiple of {patch_size}, not {image_size}"
-        )
-    return height // patch_size, width // patch_size
-
-
 class PatchEmbed(nn.Module):
     """`(B, 3, H, W) -> (B, P, E)`, row by row."""
 
     def __init__(self, space: Space, dim: int, image_size: ImageSize, conv: Callable) -> None:
         super().__init__()
         patch = space.patch_size
-        self.grid = grid_of(image_size, patch)
+        self.grid = patch_grid(image_size, patch, "AutoFormer")
         self.image_size = (self.grid[0] * patch, self.grid[1] * patch)
         self.proj = conv(3, dim, kernel_size=patch, stride=patch)
 

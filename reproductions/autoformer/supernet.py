@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.patches import ImageSize
 from reproductions.autoformer.counting import complexity_of, params_of
 from reproductions.autoformer.space import Config, Space
-from reproductions.autoformer.subnet import ImageSize, Layers, Subnet
+from reproductions.autoformer.subnet import Layers, Subnet
 
 
 class SlicedLinear(nn.Linear):

@@ -10,7 +10,7 @@ import timm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-ImageSize = int | tuple[int, int]
+from harness.patches import ImageSize, patch_grid
 
 
 def reference(
@@ -30,9 +30,9 @@ def reference(
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
 
     Raises:
-        ValueError: a transformer cannot cut such an image into its patches.
+        ValueError: an empty image, or one that a transformer cannot cut into its patches.
     """
-    _pair(image_size)
+    patch_grid(image_size, 1, timm_model)
     needs_size = timm.get_pretrained_cfg(timm_model).fixed_input_size  # transformers do
     model = timm.create_model(
         timm_model,
@@ -42,7 +42,7 @@ def reference(
         **({"img_size": image_size} if needs_size else {}),
     )
     if needs_size:
-        _check_patches(timm_model, image_size, model.patch_embed.patch_size[0])
+        patch_grid(image_size, model.patch_embed.patch_size[0], timm_model)
     return model
 
 
@@ -70,7 +70,7 @@ def vit_micro(
     Raises:
         ValueError: the image does not divide into patches, or the width into heads.
     """
-    _check_patches("vit_micro", image_size, patch_size)
+    patch_grid(image_size, patch_size, "vit_micro")
     if embed_dim % num_heads:
         raise ValueError(f"vit_micro: embed_dim {embed_dim} does not divide into {num_heads} heads")
     return VisionTransformer(
@@ -85,19 +85,3 @@ def vit_micro(
         drop_path_rate=drop_path_rate,
         weight_init="jax",  # Xavier: std 0.02, for wide models, starts a width of 64 too slowly
     )
-
-
-def _pair(image_size: ImageSize) -> tuple[int, int]:
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(height, width) < 1:
-        raise ValueError(f"image_size must be positive, not {image_size}")
-    return height, width
-
-
-def _check_patches(name: str, image_size: ImageSize, patch_size: int) -> None:
-    """timm would drop the pixels of an incomplete patch without a word."""
-    if any(side % patch_size for side in _pair(image_size)):
-        raise ValueError(
-            f"{name} cuts images into patches of {patch_size}x{patch_size}: image_size must be a "
-            f"multiple of {patch_size}, not {image_size}"
-        )

@@ -8,7 +8,8 @@ import torch
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from reproductions.dynamicvit.schedule import ImageSize, Ratios, grid_size
+from harness.patches import ImageSize, patch_grid
+from reproductions.dynamicvit.schedule import Ratios
 from reproductions.dynamicvit.two_speed import TwoSpeed, fast_path
 
 #: size -> (depths, widths, default blocks) (official code: AdaConvNeXt, main.py).
@@ -36,7 +37,7 @@ class DynamicConvNeXt(TwoSpeed, ConvNeXt):
         pruning_loc: int | Sequence[int],
         **config,
     ) -> None:
-        grid_size(image_size, 32, type(self).__name__)
+        patch_grid(image_size, 32, type(self).__name__)
         super().__init__(norm_eps=EPS, ls_init_value=LAYER_SCALE, **config)
         dim = self.third_stage[0].gamma.numel()
         self.add_predictors(image_size, keep_ratio, pruning_loc, dim, EPS)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from harness.patches import ImageSize
 from reproductions.dynamicvit.model import DynamicViT
 from reproductions.dynamicvit.predictor import Scorer
-from reproductions.dynamicvit.schedule import ImageSize, Ratios
+from reproductions.dynamicvit.schedule import Ratios
 
 #: size -> (width, heads, depth); MLP ratio 3 (official code: LVViTDiffPruning).
 SIZES = {"s": (384, 6, 16), "m": (512, 8, 20)}

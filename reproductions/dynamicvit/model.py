@@ -15,6 +15,7 @@ import torch
 from timm.layers import PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
+from harness.patches import ImageSize, patch_grid
 from reproductions.dynamicvit import schedule
 from reproductions.dynamicvit.layers import Block, gather_tokens
 from reproductions.dynamicvit.predictor import (
@@ -25,7 +26,7 @@ from reproductions.dynamicvit.predictor import (
     keep_best,
     straight_through,
 )
-from reproductions.dynamicvit.schedule import ImageSize, Ratios
+from reproductions.dynamicvit.schedule import Ratios
 
 #: size -> (width, heads); 12 blocks, MLP ratio 4 (official code: VisionTransformerDiffPruning).
 SIZES = {"ti": (192, 3), "256": (256, 4), "s": (384, 6), "b": (768, 12)}
@@ -93,7 +94,7 @@ class DynamicViT(nn.Module):
         if scorer not in SCORERS:
             raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, not {scorer!r}")
         name = type(self).__name__
-        grid = schedule.grid_size(image_size, patch_size, name)
+        grid = patch_grid(image_size, patch_size, name)
         self.patch_size, self.grid, self.scorer = patch_size, grid, scorer
         self.num_classes, self.num_features = num_classes, embed_dim
         self.pruning_loc = schedule.pruning_blocks(pruning_loc, depth)
@@ -150,7 +151,7 @@ class DynamicViT(nn.Module):
         """Patches left after each stage, for images of `image_size` or of the model's own size."""
         if image_size is None:
             return self.counts
-        height, width = schedule.grid_size(image_size, self.patch_size, type(self).__name__)
+        height, width = patch_grid(image_size, self.patch_size, type(self).__name__)
         return schedule.keep_counts(height * width, self.keep_ratios)
 
     # evaluation: tokens are dropped

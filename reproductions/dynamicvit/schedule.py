@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-ImageSize = int | tuple[int, int]
 Ratios = float | Sequence[float]
 
 
@@ -81,18 +80,3 @@ def keep_counts(num_tokens: int, ratios: Sequence[float]) -> tuple[int, ...]:
             f"1/{num_tokens} = {1 / num_tokens:.4f}"
         )
     return counts
-
-
-def grid_size(image_size: ImageSize, patch_size: int, name: str) -> tuple[int, int]:
-    """Patches along height and width.
-
-    Raises:
-        ValueError: the image does not divide into patches.
-    """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if min(height, width) < patch_size or height % patch_size or width % patch_size:
-        raise ValueError(
-            f"{name} cuts images into patches of {patch_size}x{patch_size}: image_size must be a "
-            f"multiple of {patch_size}, not {image_size}"
-        )
-    return height // patch_size, width // patch_size

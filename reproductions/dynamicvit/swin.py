@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-from reproductions.dynamicvit.schedule import ImageSize, Ratios, grid_size
+from harness.patches import ImageSize, patch_grid
+from reproductions.dynamicvit.schedule import Ratios
 from reproductions.dynamicvit.two_speed import TwoSpeed, fast_path
 
 #: size -> (width, depths, heads, default blocks) (official code: AdaSwinTransformer, main.py).
@@ -34,7 +35,7 @@ class DynamicSwin(TwoSpeed, SwinTransformer):
         pruning_loc: int | Sequence[int],
         **config,
     ) -> None:
-        grid_size(image_size, 32, type(self).__name__)
+        patch_grid(image_size, 32, type(self).__name__)
         super().__init__(img_size=image_size, window_size=7, **config)
         dim = self.third_stage[0].dim
         self.add_predictors(image_size, keep_ratio, pruning_loc, dim, EPS)

@@ -14,11 +14,12 @@ import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from harness.patches import ImageSize, patch_grid
 from reproductions.dynamicvit import schedule
 from reproductions.dynamicvit.layers import gather_tokens
 from reproductions.dynamicvit.model import TrainingOutput
 from reproductions.dynamicvit.predictor import Predictor, straight_through
-from reproductions.dynamicvit.schedule import ImageSize, Ratios
+from reproductions.dynamicvit.schedule import Ratios
 
 
 def fast_path(dim: int, eps: float) -> nn.Sequential:
@@ -84,7 +85,7 @@ class TwoSpeed(nn.Module):
         """Positions on the slow path after each prediction module."""
         if image_size is None:
             return self.counts
-        height, width = schedule.grid_size(image_size, 32, type(self).__name__)
+        height, width = patch_grid(image_size, 32, type(self).__name__)
         return schedule.keep_counts(4 * height * width, self.keep_ratios)
 
     # evaluation: each position is computed on its own path only

@@ -12,9 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import harness
+from harness.patches import ImageSize, patch_grid
 from reproductions.patchmerger.insertion import check_model, insert_merger
 
-ImageSize = int | tuple[int, int]
 #: Output tokens of the paper's main experiments.
 NUM_OUTPUTS = 8
 
@@ -161,12 +161,7 @@ def pooled_vit(
         ValueError: sides that do not divide into patches, a block that does not exist, or fewer
             than one output.
     """
-    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if any(side < 1 or side % patch_size for side in sides):
-        raise ValueError(
-            f"patches are {patch_size}x{patch_size}: image_size must be a positive multiple of "
-            f"{patch_size}, not {image_size}"
-        )
+    patch_grid(image_size, patch_size, "PatchMerger's ViT")
     if embed_dim % num_heads:
         raise ValueError(f"embed_dim {embed_dim} does not divide into {num_heads} heads")
     model = PooledViT(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from reproductions.autoformer.subnet import ImageSize, Subnet, grid_of
+from harness.patches import ImageSize, patch_grid
+from reproductions.autoformer.subnet import Subnet
 
 
 def count_flops(model: Subnet, image_size: ImageSize) -> int:
@@ -15,7 +16,7 @@ def count_flops(model: Subnet, image_size: ImageSize) -> int:
 
     Official code: `lib/flops.py`.
     """
-    rows, columns = grid_of(image_size, model.space.patch_size)
+    rows, columns = patch_grid(image_size, model.space.patch_size)
     patches, config = rows * columns, model.config
     dim = config.embed_dim
     total = patches * model.num_classes * dim

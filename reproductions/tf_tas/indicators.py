@@ -20,10 +20,11 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from harness.patches import ImageSize
+
 Role = Literal["embedding", "qkv", "proj", "mlp", "head"]
 DssMode = Literal["shipped", "with_qkv", "linearised"]
 DSS_MODES: tuple[DssMode, ...] = ("shipped", "with_qkv", "linearised")
-ImageSize = int | tuple[int, int]
 
 
 @dataclass(frozen=True)

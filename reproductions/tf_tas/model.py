@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from harness.patches import ImageSize
 from reproductions.autoformer.space import Config, get_space
-from reproductions.autoformer.subnet import ImageSize, Subnet
+from reproductions.autoformer.subnet import Subnet
 
 #: Parameters in M that the micro search allows, as AutoFormer's: up to the size of `vit_micro`.
 MICRO_WINDOW = (0.235, 0.2586)

@@ -19,7 +19,8 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-ImageSize = int | tuple[int, int]
+from harness.patches import ImageSize
+
 STAGES = 3
 
 
