@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from harness.environment import home
@@ -70,7 +71,11 @@ def experiment_sections(paper: Paper, board: Board) -> list[dict[str, Any]]:
                 ],
                 "rows": _table(detail.get("rows")),
                 "published": _table(detail.get("published")),
-                "pictures": _pictures(detail.get("figures", []), spec.title),
+                "pictures": _pictures(
+                    detail.get("figures", []),
+                    spec.title,
+                    paper.directory if detail.get("shipped") else home(),
+                ),
                 "facts": facts(record),
             }
         sections.append(section)
@@ -100,8 +105,8 @@ def _readable(row: dict[str, Any]) -> dict[str, str]:
     return {str(key): text(value) for key, value in row.items()}
 
 
-def _pictures(paths: Any, title: str) -> list[dict[str, str]]:
-    """An experiment's figures, inlined; SVG where both forms exist. Only files below home()."""
+def _pictures(paths: Any, title: str, root: Path) -> list[dict[str, str]]:
+    """An experiment's figures, inlined; SVG where both forms exist. Only files below `root`."""
     chosen: dict[str, str] = {}
     for path in paths if isinstance(paths, list) else []:
         stem, _, suffix = str(path).rpartition(".")
@@ -109,7 +114,7 @@ def _pictures(paths: Any, title: str) -> list[dict[str, str]]:
             chosen[stem] = str(path)
     found = []
     for stem, path in chosen.items():
-        uri = picture_uri(home() / path, home())
+        uri = picture_uri(root / path, root)
         if uri:
             found.append({"uri": uri, "alt": f"{title}: {stem.rpartition('/')[2]}"})
     return found

@@ -58,7 +58,7 @@ def build_site(
     """Write the leaderboard's pages, tables and figures to `out`.
 
     Args:
-        store: where the records are; those shipped beside weights are read as well.
+        store: where the records are; those shipped with the papers are read as well.
         papers: default: all that are registered.
         against: an old `leaderboard.json`, records file or records folder to compare with.
 

@@ -178,7 +178,7 @@ class Board:
 
 
 def read_all(store: RecordStore, papers: Iterable[Paper]) -> tuple[list[Record], list[str]]:
-    """The store's records and those shipped beside weights; and what could not be read.
+    """The store's records and those shipped with the papers; and what could not be read.
 
     Raises:
         ReplivitError: a file cannot be opened.
@@ -187,8 +187,9 @@ def read_all(store: RecordStore, papers: Iterable[Paper]) -> tuple[list[Record],
         warnings.simplefilter("always")
         records = store.load()
         for paper in papers:
-            for path in sorted((paper.directory / "weights").glob("*.records.jsonl")):
-                records += read_records(path)
+            for folder in ("weights", "results"):
+                for path in sorted((paper.directory / folder).glob("*.records.jsonl")):
+                    records += read_records(path)
     unique = {record.model_dump_json(): record for record in records}
     ordered = sorted(unique.values(), key=lambda record: record.started)
     return ordered, [_without_folder(str(one.message), store.folder) for one in caught]

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 import harness
 from harness.deployment import (
+    TOLERANCE,
     batch_norm_affine,
     deploy,
     fold_after,
@@ -390,3 +391,35 @@ def test_other_models_of_timm():
         torch.manual_seed(0)
         deployed = deploy(shake(timm.create_model(name)), image_size=64)
         assert norms_left(deployed) == left, name
+
+
+class NewHead(nn.Module):
+    """A batch norm that can be folded, before a classifier that starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        self.head = nn.Linear(4, 2)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).mean((2, 3)))
+
+
+class WronglyFolded(NewHead):
+    """As above, with a folding of its own that changes the function."""
+
+    def deploy_(self):
+        self.conv.weight.data.mul_(2)
+
+
+def test_a_classifier_that_starts_at_zero_is_folded_and_still_checked():
+    model = NewHead()
+    with torch.no_grad():
+        model.norm.running_mean.normal_()
+    folded = deploy(model, 8)
+    assert folded.deploy_report.folded and not folded.head.weight.any()
+    assert 0 < folded.deploy_report.relative_error < TOLERANCE
+    with pytest.raises(ReplivitError, match="changed the outputs"):
+        deploy(WronglyFolded(), 8)

@@ -173,6 +173,18 @@ def test_experiments_lesson_and_citation_are_on_the_page(tmp_path, home):
     assert "1 reproduced, 0 deviate, 0 not measured" in Page(site.index).words
 
 
+def test_a_shipped_result_shows_with_its_figure_where_nothing_ran(tmp_path, home):
+    paper = paper_with_everything(tmp_path)
+    folder = paper.directory / "results"
+    folder.mkdir()
+    shipped = experiment_record(figures=["results/sweep-plot.svg"], shipped=True)
+    (folder / "sweep.records.jsonl").write_text(shipped.model_dump_json() + "\n")
+    (folder / "sweep-plot.svg").write_bytes(b"picture")
+    page = Page(build_site(make_store(tmp_path / "r", []), tmp_path / "s", [paper]).papers["p"])
+    assert "It is faster reproduced 2x" in page.words and "Not run yet" not in page.words
+    assert page.attributes("src") == ["data:image/svg+xml;base64,cGljdHVyZQ=="]
+
+
 def test_only_the_newest_run_of_an_experiment_counts(tmp_path, home):
     old = experiment_record(notes="old").model_copy(
         update={"started": datetime(2025, 1, 1, tzinfo=timezone.utc)}

@@ -56,7 +56,7 @@ def leaderboard(
 
     What this machine has measured already is not measured again. Stopped at any moment, the same
     command goes on with what is missing. The page shows the records of every machine in
-    `records/`, and those shipped with the weights.
+    `records/`, and those shipped with the papers.
     """
     from harness import registry
     from harness.environment import home

@@ -31,6 +31,10 @@ def run(
         list[str] | None,
         typer.Option("--set", help="key=value, an option of the experiment; may be repeated."),
     ] = None,
+    ship: Annotated[
+        bool,
+        typer.Option("--ship", help="Put record and figures into the paper's results/ as well."),
+    ] = False,
 ) -> None:
     """Rerun one table or figure of a paper: rows, findings, and the figures' files.
 
@@ -40,7 +44,13 @@ def run(
     """
     from harness import experiment
 
-    print_experiment(experiment.run(name, scale=scale, **parse_options(set_ or [])))
+    result = experiment.run(name, scale=scale, **parse_options(set_ or []))
+    print_experiment(result)
+    if ship:
+        from harness.results import ship_result
+
+        for path in ship_result(result.record):
+            err.print(f"shipped: {path}", markup=False, soft_wrap=True)
 
 
 def print_experiment(result: ExperimentResult) -> None:
