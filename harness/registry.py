@@ -243,6 +243,14 @@ def _check_arguments(variant: Variant, builder: Callable, arguments: dict[str, A
             )
 
 
+def default_options(variant: Variant) -> dict[str, Any]:
+    """What a variant is built with where nothing else is said: its paper's and its builder's."""
+    builder = variant.paper.resolve(variant.spec.build)
+    known = inspect.signature(builder).parameters.values()
+    own = {one.name: one.default for one in known if one.default is not inspect.Parameter.empty}
+    return {**own, **variant.spec.args}
+
+
 def build(
     name: str,
     num_classes: int | None = None,

@@ -10,7 +10,7 @@ from harness.checkpoints import save_weights
 from harness.data import TRACKS
 from harness.errors import ReplivitError
 from harness.evaluation import evaluate
-from harness.record import new_run_id
+from harness.record import Record, new_run_id
 from harness.training.api import TrainedModel
 from harness.training.state import write_whole
 
@@ -35,10 +35,13 @@ def ship(
         raise ReplivitError(f"weights ship for a track ({', '.join(TRACKS)}), not for {track}")
     if not runs or any(run.value("top1") is None for run in runs):
         raise ReplivitError("only runs that were evaluated can be shipped")
-    if any(run.records[0].conditions.options for run in runs):
-        raise ReplivitError("a model built with options of its own cannot be shipped: declare it "
-                            "as a variant first")  # fmt: skip
     found = registry.get_variant(variant)
+    defaults = registry.default_options(found)
+    for run in runs:
+        options = run.records[0].conditions.options
+        if any(name not in defaults or defaults[name] != options[name] for name in options):
+            raise ReplivitError("a model built with options of its own cannot be shipped: declare "
+                                "it as a variant first")  # fmt: skip
     draft = runs[0].directory / "shipped.safetensors"
     trained = runs[0].records[0]
     metadata = {
@@ -57,8 +60,14 @@ def ship(
     ]
     weights = found.paper.directory / "weights" / f"{found.name}_{track}.safetensors"
     records = weights.with_suffix(".records.jsonl")
-    lines = [one.model_dump_json() + "\n" for run in runs for one in run.records]
+    lines = [_plain(one).model_dump_json() + "\n" for run in runs for one in run.records]
     lines += [one.model_dump_json() + "\n" for one in shipped]
     write_whole(weights, draft.read_bytes())
     write_whole(records, "".join(lines).encode())
     return weights, records
+
+
+def _plain(record: Record) -> Record:
+    """Without options that say no more than the variant's own defaults."""
+    conditions = record.conditions.model_copy(update={"options": {}})
+    return record.model_copy(update={"conditions": conditions})

@@ -59,3 +59,17 @@ def test_what_cannot_be_shipped(fit, toy_paper, monkeypatch):
     with pytest.raises(ReplivitError, match=r"MB as float16; at most 0\.001 MB"):
         shipping.ship("toy_ship", "fashion_mini", [replace(run, records=[scored])])
     assert not (toy_paper / "weights").exists()
+
+
+def test_an_option_that_is_the_default_is_none(fit, toy_paper):
+    """A run that names the variant's own width is a run of the variant."""
+    run = fit(0)
+    named = [
+        one.model_copy(
+            update={"conditions": one.conditions.model_copy(update={"options": {"width": 8}})}
+        )
+        for one in run.records
+    ]
+    _, records = shipping.ship("toy_ship", "fashion_mini", [replace(run, records=named)])
+    kept = list(read_records(records))
+    assert kept[:-2] == run.records and not any(one.conditions.options for one in kept)
