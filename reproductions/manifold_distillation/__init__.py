@@ -1,0 +1,1 @@
+"""Fine-grained manifold distillation (Hao et al., NeurIPS 2022)."""
