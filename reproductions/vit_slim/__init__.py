@@ -1,0 +1,1 @@
+"""ViT-Slim: learn soft masks, rank them once, and cut a vision transformer to any budget."""
