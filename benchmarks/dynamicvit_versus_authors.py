@@ -157,6 +157,8 @@ def training_step(base: str, ratio: float, batch: int, checkout: Path) -> tuple[
         torch.manual_seed(1)
         values.append(one(images, labels).item())
 
+    @torch.inference_mode(False)  # which the instrument is in
+    @torch.enable_grad()
     def step(which: str, of: Losses) -> None:
         torch.manual_seed(2)
         optimizers[which].zero_grad(set_to_none=True)
