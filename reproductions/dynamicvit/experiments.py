@@ -193,10 +193,7 @@ def _time_base(
     macs = {name: count_macs(model, 224).total for name, model in models.items()}
     paper = {name: count_macs_fvcore(model, 224).total for name, model in models.items()}
     if deployed:
-        models = {
-            name: model if name == "dense" else harness.deploy(model, 224)
-            for name, model in models.items()
-        }
+        models = {name: harness.deploy(model, 224) for name, model in models.items()}
     rows = []
     for batch in batch_sizes:
         timings = time_models(
