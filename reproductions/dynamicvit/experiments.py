@@ -121,7 +121,7 @@ def keep_ratio(
         scale: `small` (DeiT-Ti and DeiT-S), `paper` (all DeiT and LV-ViT), `tiny` (does it run?).
         bases, batch_sizes, ratios: time these instead (bases: deit_ti, deit_s, deit_b, lvvit_s,
             lvvit_m).
-        deployed: the pruned models in deployment form; the parent stays as it is.
+        deployed: both sides in deployment form.
         seconds: of timing per base and batch size.
 
     Raises:
