@@ -52,6 +52,14 @@ def test_new_weights_are_packed_anew():
                                rtol=1e-5, atol=1e-6)  # fmt: skip
 
 
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        plain, packed = layer()
+        x = torch.randn(4, 128)
+        torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-6)
+        assert calls(lambda: packed(x)) == 1
+
+
 def test_other_dtypes_gradients_and_empty_batches_are_an_ordinary_layer():
     plain, packed = layer()
     x = torch.randn(4, 128, requires_grad=True)

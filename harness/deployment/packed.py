@@ -54,7 +54,9 @@ class PackedLinear(nn.Linear):
         )
 
     def _weights(self) -> Tensor:
-        stamp = (self.weight.data_ptr(), self.weight._version)
+        # Tensors made in inference mode count no versions.
+        version = None if self.weight.is_inference() else self.weight._version
+        stamp = (self.weight.data_ptr(), version)
         if self._packed is None or self._packed[0] != stamp:
             weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
             self._packed = stamp, weight
