@@ -96,10 +96,18 @@ def test_time_limit_ends_worker_and_what_it_started(fake, tmp_path):
 
 def test_interrupt_ends_the_worker(fake):
     process = fake._start()
-    main = threading.main_thread().ident  # not to the process: another thread could take it
-    threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT)).start()
+    main, over = threading.main_thread().ident, threading.Event()
+
+    def interrupt():  # the thread, not the process: another thread could take the signal
+        while not over.wait(1):  # again, where a finaliser happened to swallow it
+            signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        fake.ask(answering("time.sleep(600)"), 60)
+        try:
+            fake.ask(answering("time.sleep(600)"), 60)
+        finally:
+            over.set()
     assert process.returncode == -signal.SIGKILL
     assert process not in isolation._running
 

@@ -75,7 +75,8 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 run = train(Flat(), sys.argv[1], {SHARED}, out=sys.argv[2], image_size=16,
             quiet=True, device="cpu")
-print("records:", [record.metric for record in run.records])
+metrics = [record.metric for record in run.records]
+sys.stdout.write(f"records: {{metrics}}\\n")  # in one piece: two processes write into one pipe
 """
 
 
