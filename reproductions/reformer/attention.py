@@ -150,7 +150,7 @@ class LSHAttention(_Heads):
 
     def buckets_for(self, length: int) -> NumBuckets:
         """The buckets of a sequence of `length` tokens, a multiple of the chunk."""
-        return self.num_buckets or self.rules.num_buckets(length, self.chunk)
+        return self.num_buckets or self.rules.num_buckets(int(length), self.chunk)
 
     def prepare(self, length: int) -> None:
         """Draw the rotations of evaluation for `length` tokens now, not when needed."""

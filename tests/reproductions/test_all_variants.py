@@ -13,12 +13,14 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import harness
 import reproductions  # noqa: F401  (offers the variants to timm)
 from harness import registry
 from harness.data import input_spec
 from harness.errors import ReplivitError
+from harness.measurement.macs_fvcore import count_macs_fvcore
 from harness.measurement.memory import training_memory
 
 VARIANTS = [variant.name for variant in harness.variants()]
@@ -206,11 +208,20 @@ def test_exports_as_a_program(name):
 
 @small
 def test_small_tracks_stay_small(name):
-    from torch.utils.flop_counter import FlopCounterMode
-
     model = build_small(name)
     params = sum(one.numel() for one in model.parameters())
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(images_for(model, batch=1))
     assert params <= MICRO_PARAMS
     assert counter.get_total_flops() / 2 <= MICRO_MACS
+
+
+@small
+def test_fvcore_counts_it_too(name):
+    """Its count follows a trace, where a length read from a shape is no plain number."""
+    model = build_small(name)
+    image = images_for(model, batch=1).shape[-1]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images_for(model, batch=1))
+    seen = count_macs_fvcore(model, image).total
+    assert 0.7 < seen / (counter.get_total_flops() / 2) < 1.3
