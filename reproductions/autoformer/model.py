@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.patches import ImageSize
-from reproductions.autoformer.space import MICRO_SUBNET, PUBLISHED, Config, get_space
+from reproductions.autoformer.space import PUBLISHED, Config, get_space
 from reproductions.autoformer.subnet import Subnet
 from reproductions.autoformer.supernet import Supernet
 
@@ -64,19 +64,18 @@ def subnet(
 
     Args:
         space: t, s, b, b8 or micro.
-        config: another subnet than the published one (for micro: one as large as `vit_micro`).
+        config: another subnet than the published one; b8 and micro have none.
         global_pool, scale, drop_rate, attn_drop_rate, drop_path_rate: see `Options`.
 
     Raises:
         ValueError: no such space, a configuration that its supernet is too small for, or an image
             that does not divide into patches.
     """
-    known = {**PUBLISHED, "micro": MICRO_SUBNET}
     chosen = get_space(space)
     if config is None:
-        if space not in known:
+        if space not in PUBLISHED:
             raise ValueError(f"space {space} has no published subnet; give a config")
-        config = known[space]
+        config = PUBLISHED[space]
     return Subnet(
         chosen, Config.of(config), num_classes, image_size, global_pool=global_pool, scale=scale,
         drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate,

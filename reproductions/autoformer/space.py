@@ -255,9 +255,6 @@ PUBLISHED = {
                 (9, 9, 9, 9, 9, 10, 9, 9, 10, 9, 10, 9, 9, 10)),
 }  # fmt: skip
 
-#: A subnet of the micro space just below the size of `vit_micro`; chosen by hand, not searched for.
-MICRO_SUBNET = Config(6, 64, (3, 3, 3, 3, 2.5, 2.5), (4,) * 6)
-
 
 def get_space(space: Space | str) -> Space:
     """The space itself, or the one of that name: t, s, b, b8, micro.
