@@ -138,6 +138,7 @@ def einsum_macs(equation: str, shapes: list[tuple[int, ...]], path: list[int] | 
 
 _HANDLERS = {
     "aten::scaled_dot_product_attention": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::einsum": _einsum,
     "aten::matmul": _product(0),
     "aten::mv": _product(0),

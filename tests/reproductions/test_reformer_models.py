@@ -10,6 +10,8 @@ from reformer_tools import array, assert_gradients, assert_probed, crc, numbered
 from torch import nn
 
 import harness
+from harness.measurement.macs import count_macs
+from harness.measurement.macs_fvcore import count_macs_fvcore, explain_gap
 from harness.registry import get_variant
 from reproductions.reformer.attention import LocalAttention, LSHAttention
 from reproductions.reformer.chunked import chunked_attention
@@ -215,6 +217,17 @@ def test_counts_of_the_benchmark(size):
     model = harness.build(variant.name).eval()
     assert sum(one.numel() for one in model.parameters()) == printed[0]
     assert variant.hook("paper_macs")(model, 224) == printed[1]
+
+
+@pytest.mark.parametrize("name", ["reformer_vit_micro", "reformer_vit_tiny_patch16"])
+def test_both_counters_see_the_same_products(name):
+    """fvcore's surplus is what it counts for norms, and nothing else."""
+    model = harness.build(name, depth=2)
+    size = get_variant(name).spec.image_size
+    macs = count_macs(model, size)
+    gap = explain_gap(macs, count_macs_fvcore(model, size))
+    assert [reason.operator for reason in gap.reasons] == ["layer_norm"]
+    assert any("attention" in name for name in macs.by_operator)
 
 
 @pytest.mark.parametrize(("size", "params"), [("tiny", 5_267_752), ("small", 20_266_600)])
