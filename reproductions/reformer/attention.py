@@ -17,6 +17,7 @@ from reproductions.reformer.hashing import (
     factors_of,
     hash_vectors,
     rotation_columns,
+    small_ids,
     sort_by_bucket,
 )
 from reproductions.reformer.rules import Rules, get_rules
@@ -54,7 +55,7 @@ class _Heads(nn.Module):
         attn_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if head_dim is None and dim % num_heads:
+        if num_heads < 1 or (head_dim is None and dim % num_heads):
             raise ValueError(f"width {dim} does not divide into {num_heads} heads")
         if chunk < 1:
             raise ValueError(f"a chunk needs at least one token, not {chunk}")
@@ -72,6 +73,16 @@ class _Heads(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         """`(B, L, H * d)` as `(B, H, L, d)`, laid out so."""
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2).contiguous()
+
+    def check(self, x: Tensor, valid: Tensor | None) -> None:
+        """Raise `ValueError` if tokens `(B, L, C)` or their mask `(B, L)` cannot be attended to."""
+        if not x.shape[1]:
+            raise ValueError("there is nothing to attend to in an empty sequence")
+        if valid is not None and valid.shape != x.shape[:2]:
+            raise ValueError(
+                f"valid must be {tuple(x.shape[:2])}, a flag for each token, "
+                f"not {tuple(valid.shape)}"
+            )
 
     def rate(self) -> tuple[float, int]:
         """Dropout of this pass, and the seed that decides what is dropped.
@@ -140,7 +151,7 @@ class LSHAttention(_Heads):
         **options,
     ) -> None:
         super().__init__(dim, num_heads, head_dim, **options)
-        if min(rounds, eval_rounds or 1) < 1:
+        if min(rounds, rounds if eval_rounds is None else eval_rounds) < 1:
             raise ValueError("LSH attention needs at least one round of hashing")
         self.rules = get_rules(rules)
         self.num_buckets = num_buckets if num_buckets is None else factors_of(num_buckets)
@@ -149,12 +160,17 @@ class LSHAttention(_Heads):
         self.rotations: Tensor | None = None
 
     def buckets_for(self, length: int) -> NumBuckets:
-        """The buckets of a sequence of `length` tokens, a multiple of the chunk."""
+        """The buckets of a sequence of `length` tokens, a multiple of `multiple`."""
         return self.num_buckets or self.rules.num_buckets(int(length), self.chunk)
+
+    @property
+    def multiple(self) -> int:
+        """Tokens to a multiple of which a sequence is padded."""
+        return self.chunk * (self.rules.multiple if self.num_buckets is None else 1)
 
     def prepare(self, length: int) -> None:
         """Draw the rotations of evaluation for `length` tokens now, not when needed."""
-        self.fixed_rotations(self.buckets_for(length + -length % self.chunk))
+        self.fixed_rotations(self.buckets_for(length + -length % self.multiple))
 
     def fixed_rotations(self, num_buckets: NumBuckets) -> Tensor:
         """The rotations of evaluation for so many buckets `(1, H or 1, d, rounds, columns)`."""
@@ -206,7 +222,11 @@ class LSHAttention(_Heads):
         Args:
             valid: `(B, L)` bool, False for padding, which is hidden as key.
             buckets: ids of an earlier pass: nothing is hashed.
+
+        Raises:
+            ValueError: no tokens, or a mask of another shape.
         """
+        self.check(x, valid)
         batch, length, _ = x.shape
         queries, values = self.heads(self.to_qk(x)), self.heads(self.to_v(x))
         rate, seed = self.rate()
@@ -215,10 +235,11 @@ class LSHAttention(_Heads):
                 queries, values, self.rules, self.causal, valid=valid, dropout=rate
             )
             return self.merged(out), None
-        valid = padded_mask(valid, batch, length, self.chunk, x.device)
-        queries, values = padded(queries, self.chunk), padded(values, self.chunk)
+        valid = padded_mask(valid, batch, length, self.multiple, x.device)
+        queries, values = padded(queries, self.multiple), padded(values, self.multiple)
         if buckets is None:
-            buckets = self.hash(queries, valid, seed).to(torch.int16)
+            buckets = self.hash(queries, valid, seed)
+            buckets = small_ids(buckets, self.buckets_for(queries.shape[-2]))
         out = chunked_attention(
             queries.flatten(0, 1), self.rules.keys(queries).flatten(0, 1),
             values.flatten(0, 1), self.windows(buckets, valid),
@@ -248,6 +269,7 @@ class LocalAttention(_Heads):
         self, x: Tensor, valid: Tensor | None = None, buckets: None = None
     ) -> tuple[Tensor, None]:
         """As `LSHAttention.forward`; there are no buckets."""
+        self.check(x, valid)
         batch, length, _ = x.shape
         query, key, value = (self.heads(getattr(self, one)(x)) for one in self.projections)
         key = key * self.head_dim**-0.5
@@ -281,6 +303,7 @@ class FullAttention(_Heads):
         self, x: Tensor, valid: Tensor | None = None, buckets: None = None
     ) -> tuple[Tensor, None]:
         """As `LSHAttention.forward`; there are no buckets."""
+        self.check(x, valid)
         queries, values = self.heads(self.to_qk(x)), self.heads(self.to_v(x))
         rate, _ = self.rate()
         out = shared_qk_attention(
@@ -336,7 +359,8 @@ def _dense_bias(
 ) -> Tensor | None:
     """What is added to the scores of the queries `asked` with `length` keys; None for nothing.
 
-    It broadcasts to `(B, H, len(asked), length)`.
+    It broadcasts to `(B, H, len(asked), length)`. Where half precision cannot hold the numbers,
+    hidden keys get its lowest one, and a query itself half of that: it must come before them.
     """
     if not causal and valid is None and self_penalty is None:
         return None
@@ -348,7 +372,8 @@ def _dense_bias(
     if valid is not None:
         gone = gone | ~valid.bool()[:, None, None, :length]
     bias = torch.zeros(gone.shape, dtype=like.dtype, device=like.device)
-    bias.masked_fill_(gone, hidden)
+    lowest = torch.finfo(like.dtype).min
+    bias.masked_fill_(gone, max(hidden, lowest))
     if self_penalty is not None:
-        bias.masked_fill_(key == query, self_penalty)
+        bias.masked_fill_(key == query, max(self_penalty, lowest / 2))
     return bias

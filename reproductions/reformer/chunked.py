@@ -12,6 +12,7 @@ gathers and masks again instead of keeping n sorted copies.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -31,6 +32,13 @@ def take(rows: Tensor, index: Tensor) -> Tensor:
     return rows.flatten(0, 1).index_select(0, flat).unflatten(0, index.shape)
 
 
+def _single_precision(like: Tensor) -> AbstractContextManager:
+    """Without mixed precision: the backward pass, which computes scores again, has none either."""
+    device = like.device.type
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if mixed else nullcontext()
+
+
 class _Dropout:
     """Factors of attention dropout, block after block, the same whenever it is made anew.
 
@@ -40,8 +48,7 @@ class _Dropout:
 
     def __init__(self, rate: float, seed: int, shared: bool) -> None:
         self.rate, self.shared = rate, shared
-        self.generator = torch.Generator("cpu").manual_seed(seed) if rate else None
-        self.mask = None
+        self.seed, self.generator, self.mask = seed, None, None
 
     def factors(self, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         """Of a block of scores `(lanes, C, m, w)`; None where nothing is dropped."""
@@ -49,7 +56,10 @@ class _Dropout:
             return None
         if self.mask is not None:
             return self.mask
-        drawn = torch.rand(shape[-2:] if self.shared else shape, generator=self.generator)
+        if self.generator is None:
+            self.generator = torch.Generator(like.device).manual_seed(self.seed)
+        shape = shape[-2:] if self.shared else shape
+        drawn = torch.rand(shape, generator=self.generator, device=like.device)
         mask = (drawn >= self.rate).to(like) / (1 - self.rate)
         if self.shared:
             self.mask = mask
@@ -180,10 +190,11 @@ class _ChunkedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, output, total, weight = ctx.saved_tensors
         windows, dropout, found = ctx.windows, _Dropout(*ctx.dropout), []
-        for rows in _row_blocks(windows, query, value):
-            block = _Block(windows, rows, query, key, value)
-            mean = output[rows] / weight[rows, :, None] if windows.rounds > 1 else output[rows]
-            found.append(_backward(block, dropout, grad[rows], mean, total[rows]))
+        with _single_precision(query):
+            for rows in _row_blocks(windows, query, value):
+                block = _Block(windows, rows, query, key, value)
+                mean = output[rows] / weight[rows, :, None] if windows.rounds > 1 else output[rows]
+                found.append(_backward(block, dropout, grad[rows], mean, total[rows]))
         return (*_joined(found, 0), None, None, None, None)
 
 
@@ -235,7 +246,7 @@ def chunked_attention(
     """Attention within windows: `(R, L, dv)` of query, key `(R, L, d)` and value `(R, L, dv)`.
 
     Scores are `q . k` as given: any scale is the key's. Half precision is computed in single, since
-    rounds are weighed by their log-sum-exps. Differentiable once.
+    rounds are weighed by their log-sum-exps; mixed precision is off inside. Differentiable once.
 
     Args:
         dropout: rate; what is dropped is decided by `seed` alone.
@@ -245,9 +256,10 @@ def chunked_attention(
     kind = torch.float32 if given in (torch.float16, torch.bfloat16) else given
     query, key, value = (one.to(kind).contiguous() for one in (query, key, value))
     options = (dropout, seed, shared_dropout)
-    if torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value)):
-        return _ChunkedAttention.apply(query, key, value, windows, *options).to(given)
-    return _forward(windows, _Dropout(*options), query, key, value)[0].to(given)
+    with _single_precision(query):
+        if torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value)):
+            return _ChunkedAttention.apply(query, key, value, windows, *options).to(given)
+        return _forward(windows, _Dropout(*options), query, key, value)[0].to(given)
 
 
 @torch.no_grad()

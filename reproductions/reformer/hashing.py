@@ -26,8 +26,8 @@ def factors_of(num_buckets: NumBuckets) -> tuple[int, ...]:
         ValueError: a factor is odd or below 2: each half of a rotation gives a bucket and its
             opposite one.
     """
-    factors = (num_buckets,) if isinstance(num_buckets, int) else tuple(num_buckets)
-    if not factors or any(one < 2 or one % 2 for one in factors):
+    factors = tuple(num_buckets) if isinstance(num_buckets, Sequence) else (num_buckets,)
+    if not factors or any(type(one) is not int or one < 2 or one % 2 for one in factors):
         raise ValueError(f"every factor of num_buckets must be even and positive, not {factors}")
     return factors
 
@@ -99,9 +99,14 @@ def draw_rotations(
             ("head", transformers' port), or everybody ("all", lucidrains' default).
         seed: of a generator of its own, so that drawing leaves torch's random state alone;
             None draws from that state.
+
+    Raises:
+        ValueError: unknown sharing, or an odd number of buckets.
     """
-    shape = {"example_head": (batch, heads), "head": (1, heads), "all": (1, 1)}[sharing]
-    shape = (*shape, dim, rounds, rotation_columns(num_buckets))
+    shapes = {"example_head": (batch, heads), "head": (1, heads), "all": (1, 1)}
+    if sharing not in shapes:
+        raise ValueError(f"no sharing {sharing!r}; known: {', '.join(shapes)}")
+    shape = (*shapes[sharing], dim, rounds, rotation_columns(num_buckets))
     if seed is None:
         return torch.randn(shape, device=device)
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -151,6 +156,12 @@ def _argmax_of_both_signs(x: Tensor, half: int) -> Tensor:
 def total_buckets(num_buckets: NumBuckets, padded: bool = False) -> int:
     """Buckets of one round, the extra one of padding included."""
     return math.prod(factors_of(num_buckets)) + padded
+
+
+def small_ids(buckets: Tensor, num_buckets: NumBuckets) -> Tensor:
+    """Bucket ids in the narrower type that holds them, and the extra bucket: int16 or int32."""
+    fits = total_buckets(num_buckets, padded=True) - 1 <= torch.iinfo(torch.int16).max
+    return buckets.to(torch.int16 if fits else torch.int32)
 
 
 @dataclass(frozen=True)

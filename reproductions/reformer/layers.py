@@ -154,7 +154,12 @@ def chunked_cross_entropy(
         decoder: `(…, C) -> (…, vocabulary)`.
         targets: `(B, L)`.
         chunk_size: positions at a time; 0 for all at once.
+
+    Raises:
+        ValueError: a chunk size below 0.
     """
+    if chunk_size < 0:
+        raise ValueError(f"chunk_size is a number of positions, or 0; not {chunk_size}")
 
     def of_section(one: Tensor, wanted: Tensor) -> Tensor:
         logits = decoder(one).flatten(0, -2)

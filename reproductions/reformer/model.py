@@ -192,7 +192,8 @@ def reformer_vit(
     """
     rows, columns = patch_grid(image_size, patch_size, "the Reformer")
     chunk = fitting_chunk(rows * columns) if chunk is None else chunk
-    rules = get_rules(rules).changed(before=before, after=after, num_buckets=buckets_paper)
+    rules = get_rules(rules)
+    rules = rules.changed(before=before, after=after, num_buckets=buckets_paper, multiple=1)
     attention = {
         "chunk": chunk, "num_buckets": num_buckets, "rounds": rounds, "eval_rounds": eval_rounds,
         "rules": rules, "qkv_bias": qkv_bias, "attn_drop": attn_drop_rate,

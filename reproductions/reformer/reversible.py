@@ -165,8 +165,10 @@ def _random_state(like: Tensor) -> tuple[Tensor, Tensor | None]:
 def _replayed(trace: _Trace, state: tuple[Tensor, Tensor | None], like: Tensor) -> Iterator[None]:
     """Random numbers and mixed precision as in the forward pass; afterwards as before."""
     cpu, device = state
-    device_type, enabled, dtype = trace.precision or ("", False, None)
-    precision = torch.autocast(device_type, dtype) if enabled else nullcontext()
+    precision = nullcontext()
+    if trace.precision is not None:
+        device_type, enabled, dtype = trace.precision
+        precision = torch.autocast(device_type, dtype, enabled=enabled)
     with torch.random.fork_rng([like.device] if device is not None else []), precision:
         torch.set_rng_state(cpu)
         if device is not None:

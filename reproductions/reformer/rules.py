@@ -35,6 +35,7 @@ class Rules:
         count: "union": a pair that several rounds find counts once; "multiplicity": each time.
         before, after: neighbouring chunks that are seen.
         num_buckets: rule from length and chunk.
+        multiple: of chunks to which a sequence is padded, so that the rule gives an even number.
         sharing: who shares a rotation.
         self_penalty: a token's score with itself: it attends to itself only if to nobody else.
         hidden: added to hidden scores.
@@ -48,6 +49,7 @@ class Rules:
     before: int = 1
     after: int = 0
     num_buckets: Callable[[int, int], NumBuckets] = buckets_trax
+    multiple: int = 1
     sharing: Sharing = "head"
     self_penalty: float = -1e5
     hidden: float = -1e9
@@ -81,8 +83,8 @@ TRAX_V2 = Rules(sharing="example_head", shared_dropout=True)
 HUGGING_FACE = Rules(num_buckets=buckets_hugging_face, dense_up_to_chunk=True)
 #: lucidrains/reformer-pytorch with its default flags.
 LUCIDRAINS = Rules(
-    score="scaled_key", num_buckets=buckets_lucidrains, sharing="all", self_penalty=-5e4,
-    hidden=-torch.finfo(torch.float32).max,
+    score="scaled_key", num_buckets=buckets_lucidrains, multiple=2, sharing="all",
+    self_penalty=-5e4, hidden=-torch.finfo(torch.float32).max,
 )  # fmt: skip
 
 RULES = {

@@ -118,6 +118,41 @@ def test_fused_and_plain_kernels_agree():
     torch.testing.assert_close(wide[..., :5], narrow, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_mixed_precision_does_not_reach_the_scores(rate):
+    """The backward pass computes them again, outside of autocast: both must be the same."""
+    query, key, value, windows = random_case(causal=True)
+    inputs = [one.float().requires_grad_() for one in (query, key, value)]
+    found = []
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out = chunked_attention(*inputs, windows, dropout=rate, seed=3)
+        found.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for plain, ours in zip(*found, strict=True):
+        assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("valid", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["full", "local", "hugging_face", "lucidrains"])
+def test_dense_attention_in_half_precision(kind, causal, valid):
+    """float16 ends at 65504: a first token sees itself, padding is not seen."""
+    torch.manual_seed(0)
+    options = {"causal": causal, "chunk": 16}
+    layer = {
+        "full": lambda: FullAttention(12, 2, **options),
+        "local": lambda: LocalAttention(12, 2, **options),
+        "hugging_face": lambda: LSHAttention(12, 2, rules="hugging_face", **options),
+        "lucidrains": lambda: FullAttention(12, 2, rules="lucidrains", **options),
+    }[kind]().eval()
+    x, mask = array(3, (2, 11, 12)), torch.ones(2, 11, dtype=torch.bool)
+    mask[0, 7:] = False
+    mask = mask if valid else None
+    with torch.no_grad():
+        wanted, half = layer(x, mask)[0], layer.half()(x.half(), mask)[0].float()
+    torch.testing.assert_close(half, wanted, rtol=5e-3, atol=5e-3)
+
+
 def test_blocks_of_rows_and_chunks_change_nothing(monkeypatch):
     query, key, value, windows = random_case(rows=3, union=True, causal=True)
     inputs = [one.clone().requires_grad_() for one in (query, key, value)]
@@ -179,7 +214,7 @@ def ragged_oracle(layer: LSHAttention, x: torch.Tensor) -> torch.Tensor:
     """LSH attention of an odd length, by a dense matrix over chunks of which the last is short."""
     query, value = layer.heads(layer.to_qk(x)), layer.heads(layer.to_v(x))
     batch, heads, length, _ = query.shape
-    padded = length + -length % layer.chunk
+    padded = length + -length % layer.multiple
     buckets = hash_vectors(query, layer.rotations, layer.buckets_for(padded))
     found = sort_by_bucket(buckets)
     per_round = padded // layer.chunk
@@ -210,11 +245,12 @@ def ragged_oracle(layer: LSHAttention, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("rules", ["paper", "trax_v2"])
+@pytest.mark.parametrize("rules", ["paper", "trax_v2", "lucidrains"])
 @pytest.mark.parametrize("length", [29, 32, 17])
 def test_odd_lengths_equal_a_ragged_last_chunk(causal, rules, length):
+    """Also three chunks, of which lucidrains' rules cannot make an even number of buckets."""
     layer = LSHAttention(12, 2, rounds=2, chunk=8, rules=rules, causal=causal).double().eval()
-    buckets = layer.buckets_for(length + -length % 8)
+    buckets = layer.buckets_for(length + -length % layer.multiple)
     layer.rotations = draw_rotations(6, 2, buckets, heads=2, seed=0)
     x = array(3, (2, length, 12)).double()
     torch.testing.assert_close(layer(x)[0], ragged_oracle(layer, x), rtol=1e-6, atol=1e-6)

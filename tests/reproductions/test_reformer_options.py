@@ -11,7 +11,7 @@ from torch import nn
 
 import harness
 from reproductions.reformer.attention import FullAttention, LocalAttention, LSHAttention
-from reproductions.reformer.hashing import hash_vectors
+from reproductions.reformer.hashing import buckets_lucidrains, draw_rotations, hash_vectors
 from reproductions.reformer.language_model import ReformerLM, reformer_lm
 from reproductions.reformer.layers import AxialPositions, FeedForward, PreNormAttention
 from reproductions.reformer.model import fitting_chunk, reformer_vit
@@ -88,6 +88,20 @@ def test_mixed_precision_is_repeated_in_the_backward_pass():
         (first.float() * second.float().cos()).sum().backward()
         grads.append(x.grad)
     assert (grads[0] - grads[1]).norm() <= 2e-2 * grads[1].norm()
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_precision_is_that_of_the_forward_pass(mixed):
+    """Wherever `backward` is called: what is computed again must be what was computed."""
+    x, grads = array(7, (2, 32, 16)).requires_grad_(), []
+    for in_backward in (True, False):
+        stack = small_stack(True).float()
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out = torch.cat(stack(x, x)).float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_backward):
+            grads.append(torch.autograd.grad(out.square().sum(), x)[0])
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -178,11 +192,18 @@ def test_the_chunk_fits_the_number_of_patches():
     [
         (lambda: LSHAttention(12, 2, num_buckets=7), "even"),
         (lambda: LSHAttention(12, 2, num_buckets=(4, 3)), "even"),
+        (lambda: LSHAttention(12, 2, num_buckets=4.0), "even"),
+        (lambda: LSHAttention(12, 2, eval_rounds=0), "at least one round"),
+        (lambda: LSHAttention(12, 0), "into 0 heads"),
+        (lambda: LSHAttention(12, 2)(torch.zeros(1, 0, 12)), "empty sequence"),
+        (lambda: LSHAttention(12, 2)(torch.zeros(1, 8, 12), torch.ones(1, 7)), r"must be \(1, 8\)"),
+        (lambda: reformer_lm(10, 8, dim=16).loss(*2 * [torch.zeros(1, 8).long()], -1), "not -1"),
+        (lambda: draw_rotations(4, 1, 8, sharing="nobody"), "known: example_head, head, all"),
         (lambda: LSHAttention(12, 5), "width 12 does not divide into 5 heads"),
         (lambda: LSHAttention(12, 2, rounds=0), "at least one round"),
         (lambda: LSHAttention(12, 2, chunk=0), "at least one token"),
         (lambda: LSHAttention(12, 2, attn_drop=1.0), "dropout"),
-        (lambda: LSHAttention(12, 2, rules="lucidrains", chunk=8)(torch.zeros(1, 24, 12)), "even"),
+        (lambda: buckets_lucidrains(24, 8), "even"),
         (lambda: get_rules("tensor2tensor"), "known: paper, trax_v2, hugging_face, lucidrains"),
         (lambda: Windows(10, 4), "chunk 4 does not divide length 10"),
         (lambda: Windows(8, 4, before=-1), "below 0"),
@@ -211,3 +232,10 @@ def test_all_rules_run_on_both_directions():
         layer = LSHAttention(16, 2, chunk=16, rules=name, causal=causal).train()
         out, buckets = layer(x)
         assert out.shape == x.shape and out.isfinite().all() and buckets.dtype == torch.int16
+
+
+def test_more_buckets_than_a_short_number_holds():
+    layer = LSHAttention(8, 1, chunk=2, rounds=1, rules="paper").eval()
+    x = array(3, (1, 40_000, 8))
+    buckets = layer(x)[1]
+    assert buckets.dtype == torch.int32 and buckets.min() >= 0 and buckets.max() > 32_767
