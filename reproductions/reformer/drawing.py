@@ -23,14 +23,14 @@ def draw_buckets(axes: Axes, points: Tensor, rotation: Tensor) -> Tensor:
 
     Args:
         points: `(L, 2)`.
-        rotation: `(2, b / 2)`.
+        rotation: `(2, b / 2)`, columns of one length: then the nearest direction decides.
 
     Returns:
         Bucket ids `(L,)`.
     """
     total = 2 * rotation.shape[1]
     buckets = hash_vectors(points[None, None], rotation[None, None, :, None], total)[0, 0, 0]
-    axes.scatter(*points.T, c=_colours(buckets, total), s=16, zorder=3)
+    axes.scatter(*points.T.numpy(), c=_colours(buckets, total), s=16, zorder=3)
     for index, direction in enumerate(torch.cat([rotation, -rotation], 1).T):
         end = 2.6 * direction / direction.norm()
         axes.annotate(
@@ -101,7 +101,8 @@ def lesson_figure(queries: Tensor, rounds: tuple[int, ...] = (1, 4, 16), seed: i
     left, right = top.subplots(1, 2, width_ratios=(1, 1.9))
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(64, 2, generator=generator)
-    rotation = torch.randn(2, 4, generator=generator)
+    angles = torch.pi * (torch.arange(4) + torch.rand(1, generator=generator)) / 4
+    rotation = torch.stack([angles.cos(), angles.sin()])  # spread evenly, turned at random
     buckets = draw_buckets(left, points, rotation)
     left.set_title("64 vectors, 8 buckets: the nearest arrow", fontsize=9)
     draw_sorting(right, buckets, 8, chunk=8)
