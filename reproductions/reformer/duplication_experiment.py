@@ -28,7 +28,7 @@ TASKS = {
     ),
 }  # fmt: skip
 SEQUENCES = {"tiny": 8, "small": 64, "paper": 64}
-SEEDS = {"tiny": (0,), "small": (0, 1, 2), "paper": (0,)}
+SEEDS = {"tiny": (0,), "small": (0,), "paper": (0,)}
 #: A cell is reproduced where it is so near to the paper's, in points.
 NEAR = 5.0
 
@@ -46,9 +46,10 @@ def duplication(
     """Train rows of Table 2 and evaluate each with full attention and 8, 4, 2, 1 rounds.
 
     Args:
-        scale: "tiny" (does it run?), "small" (63 symbols, 128 tokens, 64 wide) or "paper" (127
-            symbols, 1024 tokens, 256 wide, 150 000 steps a row: for an accelerator).
-        seeds: of training; one row each.
+        scale: "tiny" (does it run?), "small" (63 symbols, 128 tokens, 64 wide: about six minutes of
+            one core for each seed) or "paper" (127 symbols, 1024 tokens, 256 wide, 150 000 steps a
+            row: for an accelerator).
+        seeds: of training, one by default; a cell is the mean over them.
         trained: rounds in training, 0 for full attention. Rows that are already trained are found.
         sequences: of evaluation, each with three draws of rotations.
         changes: fields of `Task`.
@@ -83,13 +84,13 @@ def duplication(
                 found.setdefault((_name(rounds), _name(own)), []).append(100 * value)
     printed = _published()
     rows = [
-        _row(trained, evaluated, values, printed.get((trained, evaluated)))
+        _row(trained, evaluated, values, printed.get((trained, evaluated)), scale)
         for (trained, evaluated), values in found.items()
     ]
     return ExperimentResult(
         rows=rows,
         findings=_findings(found, scale),
-        published=[row for row in _published_rows()],
+        published=_published_rows(),
         figures={"duplication": _figure(found, printed, scale)},
         notes=_notes(task, scale, seeds, count),
         conditions=Conditions(
@@ -106,10 +107,9 @@ def _name(rounds: int | None) -> str:
 
 
 def _published_rows() -> list[dict[str, Any]]:
-    facts = harness.get_paper("reformer").facts.published
     return [
-        row.model_dump(exclude_none=True)
-        for row in facts
+        {key: getattr(row, key) for key in ("variant", "metric", "value", "unit", "source")}
+        for row in harness.get_paper("reformer").facts.published
         if row.variant.startswith("duplication_train")
     ]
 
@@ -122,10 +122,14 @@ def _published() -> dict[tuple[str, str], float]:
     return table
 
 
-def _row(trained: str, evaluated: str, values: list[float], printed: float | None) -> dict:
+def _row(
+    trained: str, evaluated: str, values: list[float], printed: float | None, scale: str
+) -> dict[str, Any]:
     summary = mean_std(values)
     if printed is None:
         verdict = "not printed"
+    elif scale == "tiny":
+        verdict = "not measured"
     else:
         verdict = "reproduced" if abs(summary.mean - printed) <= NEAR else "deviates"
     return {

@@ -201,9 +201,9 @@ def _findings(scale, setting, slopes, gaps, seconds) -> list[Finding]:
             f"at dropout {setting.dropout}, relative: "
             + ", ".join(f"{name} {value:.0e}" for name, value in gaps.items()),
         ),
-        Finding(
-            "What it costs: each layer is computed once more.",
-            "not measured" if scale == "tiny" else "reproduced",
+        finding(
+            "What it costs: each layer is computed once more, which takes less than another step.",
+            1 < float(np.median(slower)) < 2,
             "time of a step over the ordinary one: "
             + ", ".join(f"{d} layers {r:.2f}" for d, r in zip(setting.depths, slower, strict=True)),
         ),
@@ -218,6 +218,7 @@ def _figure(setting, peaks, slopes):
     for kind, name, colour in ((False, "ordinary", "0.3"), (True, "reversible", "C0")):
         label = f"{name}: {slopes[kind][0]:.1f} MB a layer"
         axes.plot(setting.depths, peaks[kind], "o-", color=colour, label=label)
+    axes.set_xticks(setting.depths)
     axes.set_xlabel("layers")
     axes.set_ylabel("peak memory of a training step, MB")
     axes.set_ylim(bottom=0)

@@ -63,7 +63,7 @@ def scaling(scale: str = "small", **changes: Any) -> ExperimentResult:
     On a CPU one thread is used and CPU time is read.
 
     Args:
-        scale: "tiny" (seconds), "small" (about 10 CPU minutes), "paper" (more repeats).
+        scale: "tiny" (seconds), "small" (about five CPU minutes), "paper" (more repeats).
         changes: fields of `Setting`.
 
     Raises:
@@ -318,6 +318,7 @@ def _findings(setting, scale, fits, crossings, samples, peaks) -> list[Finding]:
 
 def _figure(setting, samples, peaks, fits):
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     with_memory = peaks[FULL][-1] is not None
     figure = Figure(figsize=(8.4 if with_memory else 4.6, 3.6), layout="constrained")
@@ -341,6 +342,9 @@ def _figure(setting, samples, peaks, fits):
     for one in cells:
         one.set_xscale("log", base=2)
         one.set_yscale("log")
+        one.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        one.yaxis.set_major_formatter("{x:g}")
+        one.yaxis.set_minor_formatter("")
         one.set_xlabel("length of a sequence, tokens")
         one.set_xticks(setting.lengths, [_short(length) for length in setting.lengths])
         one.grid(alpha=0.3, which="both", linewidth=0.5)
