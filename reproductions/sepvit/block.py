@@ -45,6 +45,8 @@ class BlockOptions:
             raise ValueError(
                 "shifted windows replace the attention between windows: pointwise=False"
             )
+        if not 0 <= self.attn_drop_rate < 1:
+            raise ValueError(f"attn_drop_rate must be in [0, 1), not {self.attn_drop_rate}")
         if self.token_init not in TOKEN_INIT_STD:
             raise ValueError(
                 f"no token_init {self.token_init!r}; there are {', '.join(TOKEN_INIT_STD)}"

@@ -262,6 +262,16 @@ def test_checkpoint_of_another_network_is_refused():
         harness.load_official("sepvit_tiny", official("lite"))
 
 
+def test_backbone_of_a_whole_detector():
+    """The dense code saves `state_dict` with a neck and heads around the backbone."""
+    backbone = harness.build("sepvit_lite", features_only=True)
+    state = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
+    saved = {"meta": {}, "state_dict": {**state, "neck.fpn.weight": torch.zeros(1)}}
+    ours = harness.load_official("sepvit_lite", saved, features_only=True)
+    loaded = ours.state_dict()
+    assert all(torch.equal(loaded[key], one) for key, one in backbone.state_dict().items())
+
+
 def test_classifier_in_the_dense_backbone():
     """What a loose load does: tokens have no place, late attentions between windows stay new."""
     backbone = build_on_meta("sepvit_tiny", features_only=True)

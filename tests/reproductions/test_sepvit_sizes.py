@@ -204,6 +204,7 @@ def test_a_network_for_224_takes_what_the_released_one_takes():
         ({"windows": ((7,), (), (7,), (7,))}, "must be positive"),
         ({"mlp_ratio": -1.0}, "must be positive"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be in"),
+        ({"attn_drop_rate": 2.0}, "attn_drop_rate must be in"),
         ({"summary": "median"}, "no summary 'median'; there are learned, zero, mean"),
         ({"token_init": "ones"}, "no token_init 'ones'; there are zeros, normal"),
         ({"shift": True}, "pointwise=False"),
