@@ -109,11 +109,12 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], found: Coverage) -> nn.
     return model.eval()
 
 
-def _read(given: Source) -> tuple[State, str]:
-    """A state dict and its name for messages."""
+def _read(given: Source, variant: registry.Variant | None = None) -> tuple[State, str]:
+    """A state dict and its name for messages; of the authors' wrappers the one of `variant`."""
+    prefer = variant.spec.checkpoint_key if variant else None
     if isinstance(given, Mapping):
-        return unwrap(given, "the state dict"), "the state dict"
-    return read_state_dict(given), str(given)
+        return unwrap(given, "the state dict", prefer), "the state dict"
+    return read_state_dict(given, prefer), str(given)
 
 
 def load_weights(model: nn.Module, path: Source, strict: bool = True) -> Coverage:
@@ -148,8 +149,8 @@ def convert_official(name: str, path_or_state_dict: Source) -> State:
     Raises:
         ReplivitError: the file cannot be read, or the paper's converter does not know its keys.
     """
-    state, origin = _read(path_or_state_dict)
     variant = registry.get_variant(name)
+    state, origin = _read(path_or_state_dict, variant)
     converter: Callable[[State], State] | None = variant.hook("convert")
     if converter is None:
         return state
@@ -170,7 +171,7 @@ def load_official(name: str, path_or_state_dict: Source, **overrides: Any) -> nn
     Raises:
         ReplivitError: the file cannot be read or does not fit; if it fits a sibling, which one.
     """
-    official, origin = _read(path_or_state_dict)
+    official, origin = _read(path_or_state_dict, registry.get_variant(name))
     state = convert_official(name, official)
     model, found = _build_for(name, state, overrides)
     if not found.complete:

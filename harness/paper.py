@@ -89,6 +89,9 @@ class VariantSpec(Fact):
     convert: str | None = Field(
         None, pattern=REFERENCE, description="callable(official state dict) -> our state dict"
     )
+    checkpoint_key: str | None = Field(
+        None, description="which weights of a checkpoint the authors load, if it holds several"
+    )
     track: str = Field("imagenet", description="the protocol on which its top-1 counts")
     image_size: int = 224
     num_classes: int = 1000

@@ -7,6 +7,7 @@ import hashlib
 import os
 import pickle
 import tempfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ PREFIXES = ("module.", "_orig_mod.")
 State = dict[str, Tensor]
 
 
+class CfgNode:
+    """Settings that yacs left in a checkpoint, read as a plain dict; yacs need not be there."""
+
+    __module__ = "yacs.config"  # the name by which the file asks for it
+
+    def __new__(cls) -> OrderedDict:
+        return OrderedDict()
+
+
 def file_sha256(path: Path | str) -> str:
     """SHA-256 of a file.
 
@@ -43,8 +53,11 @@ def file_sha256(path: Path | str) -> str:
         raise ReplivitError(f"cannot read {path}: {error.strerror}") from error
 
 
-def read_state_dict(path: Path | str) -> State:
+def read_state_dict(path: Path | str, prefer: str | None = None) -> State:
     """The weights in a safetensors file or a torch checkpoint, on the CPU, unwrapped.
+
+    Args:
+        prefer: as in `unwrap`.
 
     Raises:
         ReplivitError: missing, truncated, no checkpoint, or more than tensors inside.
@@ -53,7 +66,7 @@ def read_state_dict(path: Path | str) -> State:
     if not path.is_file():
         raise ReplivitError(f"no weights file {path}")
     if not _is_safetensors(path):
-        return unwrap(_read_torch(path), str(path))
+        return unwrap(_read_torch(path), str(path), prefer)
     try:
         with safe_open(path, framework="pt") as stream:
             found = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
@@ -89,8 +102,8 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_torch(path: Path) -> Any:
-    # training scripts keep their arguments beside the weights; a Namespace holds plain values
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    # training scripts keep their settings beside the weights; both kinds hold plain values
+    with torch.serialization.safe_globals([argparse.Namespace, CfgNode]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
@@ -104,14 +117,18 @@ def _read_torch(path: Path) -> Any:
             raise ReplivitError(f"{path} is truncated or no torch checkpoint") from error
 
 
-def unwrap(found: Any, origin: str) -> State:
+def unwrap(found: Any, origin: str, prefer: str | None = None) -> State:
     """The state dict inside a training checkpoint, without wrappers and their key prefixes.
+
+    Args:
+        prefer: the wrapper to look into first.
 
     Raises:
         ReplivitError: there are no tensors inside.
     """
+    wrappers = WRAPPERS if prefer is None else (prefer, *WRAPPERS)
     while isinstance(found, Mapping):
-        inner = next((found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
+        inner = next((found[key] for key in wrappers if isinstance(found.get(key), Mapping)), None)
         if inner is None:
             break
         found = inner

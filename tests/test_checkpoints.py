@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -118,6 +120,19 @@ def test_raw_weights_go_before_averages_and_prefixes_go(toy):
     average = {key: value * 0 for key, value in state.items()}
     model = load_official("toy_small", {"model_ema": average, "model": {"state_dict": wrapped}})
     assert same_output(model, expected)
+
+
+def test_settings_of_yacs_are_read_without_yacs(toy, tmp_path, monkeypatch):
+    state, expected = official_of("toy_small")
+    config = types.ModuleType("yacs.config")
+    config.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    settings = config.CfgNode(lr=1.0, data=config.CfgNode(name="x"))
+    settings.__dict__["__immutable__"] = False
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", config)
+        torch.save({"model": state, "config": settings}, tmp_path / "official.pth")
+    assert same_output(load_official("toy_small", tmp_path / "official.pth"), expected)
 
 
 def test_number_of_classes_comes_from_the_file(toy):

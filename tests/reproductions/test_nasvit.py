@@ -265,6 +265,17 @@ def test_both_kinds_of_official_checkpoints_make_the_same_network():
         to_supernet(dynamic)
 
 
+def test_of_a_checkpoint_the_averaged_weights_are_loaded():
+    """As the released loader does; every variant that takes official weights says so."""
+    theirs = official()
+    checkpoint = {"model": {key: 0 * one for key, one in theirs.items()}, "model_ema": theirs}
+    loaded = harness.load_official("nasvit_min", checkpoint)
+    wanted = theirs["classifier.linear.linear.bias"]
+    assert torch.equal(loaded.classifier.bias, wanted) and wanted.any()
+    keys = {one.spec.checkpoint_key for one in harness.variants("nasvit") if one.spec.convert}
+    assert keys == {"model_ema"}
+
+
 def test_wrong_checkpoints_are_one_sentence():
     for name in ("nasvit_supernet", "nasvit_min"):
         with pytest.raises(ReplivitError, match="no checkpoint of NASViT"):
