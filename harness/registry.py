@@ -263,7 +263,7 @@ def build(
     `default_cfg` as timm's models do.
 
     Raises:
-        ReplivitError: unknown name or option.
+        ReplivitError: unknown name or option, an image or a number of classes that is none.
         ValueError: the method cannot be built so (the message says what can).
     """
     variant = get_variant(name)
@@ -272,9 +272,21 @@ def build(
     _check_arguments(variant, builder, arguments)
     size = variant.spec.image_size if image_size is None else image_size
     classes = variant.spec.num_classes if num_classes is None else num_classes
+    _check_sizes(size, classes)
     model = builder(num_classes=classes, image_size=size, **arguments)
     model.pretrained_cfg = model.default_cfg = pretrained_cfg(variant, classes, size)
     return model
+
+
+def _check_sizes(image_size: Any, num_classes: Any) -> None:
+    sides = [image_size] * 2 if isinstance(image_size, int) else image_size
+    pair = isinstance(sides, list | tuple) and len(sides) == 2
+    if not pair or any(type(one) is not int or one < 1 for one in sides):
+        raise ReplivitError(
+            f"image_size must be a whole number of pixels, or (height, width), not {image_size!r}"
+        )
+    if type(num_classes) is not int or num_classes < 0:
+        raise ReplivitError(f"num_classes must be a whole number from 0 on, not {num_classes!r}")
 
 
 def pretrained_cfg(

@@ -98,6 +98,11 @@ def test_mistakes_are_one_sentence(package):
         harness.build("toy_one", depth=3)
     with pytest.raises(ValueError, match="multiple of 8"):
         harness.build("toy_one", image_size=9)
+    for size in (0, 8.5, (8, 8, 8), "8"):
+        with pytest.raises(ReplivitError, match="image_size must be a whole number of pixels"):
+            harness.build("toy_one", image_size=size)
+    with pytest.raises(ReplivitError, match="num_classes must be a whole number from 0 on, not -1"):
+        harness.build("toy_one", num_classes=-1)
     with pytest.raises(ReplivitError, match=r"cannot import model.py \(no luck today\)"):
         harness.build("crashing_one")
     with pytest.raises(ReplivitError, match="did you mean toy/table"):
