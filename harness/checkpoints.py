@@ -156,7 +156,9 @@ def convert_official(name: str, path_or_state_dict: Source) -> State:
         return state
     try:
         return converter(state)
-    except (KeyError, IndexError, RuntimeError) as error:
+    except ReplivitError:
+        raise
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ReplivitError(
             f"{origin} is no official checkpoint of {variant.name} ({one_line(error)})"
         ) from error

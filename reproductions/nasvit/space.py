@@ -57,9 +57,9 @@ class Config:
             told = sorted(given) if isinstance(given, Mapping) else type(given).__name__
             raise ValueError(f"a configuration has {', '.join(names)}; this one is {told}")
         try:
-            lists = {name: tuple(int(one) for one in given[name]) for name in GENES}
-            return cls(int(given["resolution"]), **lists)
-        except (TypeError, ValueError) as error:
+            lists = {name: tuple(map(_whole, given[name])) for name in GENES}
+            return cls(_whole(given["resolution"]), **lists)
+        except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"a configuration holds whole numbers and lists of them: {dict(given)}"
                              ) from error  # fmt: skip
 
@@ -78,6 +78,13 @@ class Config:
     def __str__(self) -> str:
         lists = (f"{name} {'-'.join(map(str, getattr(self, name)))}" for name in GENES)
         return f"{self.resolution} px, {', '.join(lists)}"
+
+
+def _whole(value: Any) -> int:
+    """`value` as an int; 192.0 is one, 192.5, "192" and True are none."""
+    if isinstance(value, bool | str) or value != int(value):
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
 
 
 @dataclass(frozen=True)
@@ -350,6 +357,6 @@ def get_space(name: str) -> Space:
     Raises:
         ValueError: there is none.
     """
-    if name not in SPACES:
+    if not isinstance(name, str) or name not in SPACES:
         raise ValueError(f"no space {name!r}; there are {_listed(list(SPACES))}")
     return SPACES[name]

@@ -280,6 +280,12 @@ def test_wrong_checkpoints_are_one_sentence():
     for name in ("nasvit_supernet", "nasvit_min"):
         with pytest.raises(ReplivitError, match="no checkpoint of NASViT"):
             harness.load_official(name, {"cls_token": torch.zeros(1)})
+        odd = {
+            "first_conv.conv.conv.weight": torch.zeros(24, 3, 3, 3),
+            "blocks.x.y": torch.zeros(1),
+        }
+        with pytest.raises(ReplivitError, match=f"no official checkpoint of {name}"):
+            harness.load_official(name, odd)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -296,6 +302,9 @@ def changed(**genes) -> dict:
         (changed(depth=[3] * 7), r"depth\[0\] of nasvit is 1 or 2, not 3"),
         (changed(width=[16] * 3), "width of nasvit has 9 entries"),
         (changed(width="wide"), "whole numbers"),
+        (changed(resolution=192.7), "whole numbers"),
+        (changed(resolution=float("inf")), "whole numbers"),
+        (changed(depth=[True, 3, 3, 3, 3, 3, 3]), "whole numbers"),
         ({"resolution": 192}, "a configuration has resolution, width"),
         ("a9", "no network 'a9' of nasvit; there are min, max"),
         (5, "a configuration has"),
