@@ -8,6 +8,8 @@ its fitness is a network's number of parameters, so it looks for the largest net
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from reproductions.nasvit.counting import params_of
 from reproductions.nasvit.evolution import Evolution, Settings, config_of
 from reproductions.nasvit.space import NASVIT, Config
@@ -20,8 +22,14 @@ SETTINGS = Settings(population=128, mutations=64, crossovers=64, iterations=60, 
                     max_macs=757.0, bucket=4.0)  # fmt: skip
 
 
-def find(settings: Settings = SETTINGS, seed: int = 0) -> dict[str, Config]:
-    """The largest network met at most `SLACK` below each target."""
+def find(
+    settings: Settings = SETTINGS, seed: int = 0, targets: Mapping[str, float] = TARGETS
+) -> dict[str, Config]:
+    """The largest network met at most `SLACK` below each target.
+
+    Raises:
+        ValueError: none was met below one of them.
+    """
 
     def size(configs: list[Config]) -> list[float]:
         return [params_of(NASVIT, one) for one in configs]
@@ -29,7 +37,7 @@ def find(settings: Settings = SETTINGS, seed: int = 0) -> dict[str, Config]:
     result = Evolution(NASVIT, size, settings, seed=seed).run()
     return {
         name: config_of(NASVIT, result.best(target - SLACK, target).genes)
-        for name, target in TARGETS.items()
+        for name, target in targets.items()
     }
 
 

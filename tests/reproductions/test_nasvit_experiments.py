@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from reproductions.nasvit.evolution import Evolution, Settings, config_of
 from reproductions.nasvit.experiment_setup import choose_setting
 from reproductions.nasvit.fitness import SubnetAccuracy
 from reproductions.nasvit.judging import judge
-from reproductions.nasvit.search import find
+from reproductions.nasvit.named import named_configs
+from reproductions.nasvit.search import SLACK, TARGETS, find
 from reproductions.nasvit.space import MICRO, NASVIT, Config
 from reproductions.nasvit.supernet import Supernet
 from reproductions.nasvit.training import ConflictAware
@@ -47,8 +49,9 @@ def test_evolution_keeps_one_champion_per_size():
     assert result.best(2, 5).cost <= 5e6
     with pytest.raises(ValueError, match="met no network of 100 to 200 M"):
         result.best(100, 200)
-    first = max(one.fitness for one in result.scores.entries if one.phase == "random")
-    assert max(one.fitness for one in result.scores.entries) >= first
+    first = [one.fitness for one in result.scores.entries if one.phase == "random"]
+    last = [one.fitness for one in result.champions.values()]
+    assert max(last) > max(first) and sum(last) / len(last) > sum(first) / len(first)
 
 
 def test_a_killed_search_goes_on_and_draws_the_same(tmp_path):
@@ -98,14 +101,20 @@ def test_impossible_searches_are_refused(changes, message):
 
 
 def test_the_search_by_size_stays_in_its_budgets():
-    few = Settings(population=24, mutations=24, crossovers=24, iterations=12, min_macs=189,
-                   max_macs=757, bucket=4)  # fmt: skip
-    try:
-        found = find(few)
-    except ValueError as error:  # so few candidates may miss a budget, and it says so
-        assert "met no network" in str(error)
-    else:
-        assert macs_of(NASVIT, found["a0"]) <= 208e6
+    few = Settings(population=30, mutations=30, crossovers=30, iterations=12, min_macs=189,
+                   max_macs=330, bucket=4)  # fmt: skip
+    found = find(few, 1, {"a0": 208, "a1": 309})
+    for name, target in (("a0", 208), ("a1", 309)):
+        assert (target - SLACK) * 1e6 <= macs_of(NASVIT, found[name]) <= target * 1e6
+    assert params_of(NASVIT, found["a1"]) > params_of(NASVIT, found["a0"])
+    with pytest.raises(ValueError, match="met no network of 398 to 400 M multiply-adds"):
+        find(replace(few, iterations=0), 1, {"a2": 400})
+
+
+@pytest.mark.slow
+def test_networks_of_our_search_are_what_it_finds():
+    known = named_configs()
+    assert find() == {name: known[name] for name in TARGETS}
 
 
 # ---- training ------------------------------------------------------------------------------------
