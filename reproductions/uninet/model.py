@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 import torch
@@ -73,6 +73,9 @@ class Architecture:
             value = getattr(self, one.name)
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, one.name, tuple(value))  # lists of YAML, command line
+        for name in ("block_ops", "ds_ops"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ValueError(f"{name} must be a list of names, not {getattr(self, name)!r}")
         stages = len(self.block_ops)
         for name in ("repeats", "channels", "expansion", "strides"):
             values = getattr(self, name)
@@ -93,7 +96,7 @@ class Architecture:
             ("down-sampling module", self.ds_ops, DOWNSAMPLERS),
         ):
             for name in names:
-                if name not in known:
+                if not isinstance(name, str) or name not in known:
                     raise ValueError(f"no {what} {name!r}; there are {', '.join(known)}")
 
     def as_dict(self) -> dict[str, Any]:
@@ -113,7 +116,7 @@ class Architecture:
 
 def _is_size(value: Any, whole: bool = True) -> bool:
     kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and value > 0
+    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < inf
 
 
 _BASE = Architecture()
@@ -144,7 +147,8 @@ ARCHITECTURES = {
 
 
 class UniNet(nn.Module):
-    """Classifier `(B, 3, H, W) -> (B, num_classes)`; maps of any size and aspect.
+    """Classifier `(B, 3, H, W) -> (B, num_classes)`; maps of any size and aspect. With 0 classes
+    it gives what would be classified, `(B, C)`.
 
     Only the MLP operator ties a network to `image_size`.
 
@@ -173,6 +177,8 @@ class UniNet(nn.Module):
         self.image_size = tuple(to_2tuple(image_size))
         if min(self.image_size) < 1:
             raise ValueError(f"image_size must be positive, not {image_size}")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must lie in [0, 1), not {drop_path_rate}")
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = arch.final_head_dim
         self.stem = nn.Sequential(
@@ -205,8 +211,11 @@ class UniNet(nn.Module):
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.drop = nn.Dropout(drop_rate)
-        self.classifier = nn.Linear(arch.final_head_dim, num_classes)
+        self.classifier = self._classifier()
         self._init_linear(self)
+
+    def _classifier(self) -> nn.Module:
+        return nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
 
     @staticmethod
     def _init_linear(module: nn.Module) -> None:
@@ -222,13 +231,8 @@ class UniNet(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """A new classifier for `num_classes`; 0 removes it."""
         self.num_classes = num_classes
-        weight = self.head[0].weight
-        self.classifier = nn.Identity()
-        if num_classes > 0:
-            self.classifier = nn.Linear(
-                self.num_features, num_classes, device=weight.device, dtype=weight.dtype
-            )
-            self._init_linear(self.classifier)
+        self.classifier = self._classifier().to(self.head[0].weight)
+        self._init_linear(self.classifier)
 
     def get_classifier(self) -> nn.Module:
         """The last layer."""
@@ -279,11 +283,14 @@ def uninet(
 
     The fields are those of `Architecture`; errors as there and in `UniNet`.
     """
-    if size not in ARCHITECTURES:
+    if not isinstance(size, str) or size not in ARCHITECTURES:
         raise ValueError(f"no size {size!r}; there are {', '.join(ARCHITECTURES)}")
     if architecture is None:
         architecture = ARCHITECTURES[size]
     elif not isinstance(architecture, Architecture):
+        known = [one.name for one in fields(Architecture)]
+        if not isinstance(architecture, Mapping) or not set(architecture) <= set(known):
+            raise ValueError(f"an architecture has {', '.join(known)}, not {architecture!r}")
         architecture = Architecture(**architecture)
     changes = {
         "block_ops": block_ops, "ds_ops": ds_ops, "repeats": repeats, "channels": channels,

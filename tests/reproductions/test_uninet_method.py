@@ -254,11 +254,32 @@ def test_training_on_maps_of_any_layout_gives_the_same_gradients():
         ({"block_ops": ["attn"] * 6, "stem_dim": 65}, "65 channels do not divide into 2 heads"),
         ({"expansion": [0.01] * 6}, "leaves no channel"),
         ({"head_dim": 0}, "head_dim must be a positive number"),
+        ({"expansion": [float("inf")] * 6}, "expansion must be positive numbers"),
+        ({"block_ops": "dw"}, "block_ops must be a list of names, not 'dw'"),
+        ({"ds_ops": 3}, "ds_ops must be a list of names, not 3"),
+        ({"block_ops": [["dw"]] * 6}, "no operator .'dw'.; there are dw, attn"),
+        ({"architecture": {"width": 1}}, "an architecture has block_ops, ds_ops, repeats"),
+        ({"architecture": "b1"}, "an architecture has block_ops, ds_ops, repeats"),
+        ({"size": ["b1"]}, "no size .'b1'.; there are b0"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate must lie in \[0, 1\), not 1.0"),
     ],
 )
 def test_what_cannot_be_built_says_why(changes, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         uninet(**changes)
+
+
+@torch.no_grad()
+def test_without_classes_features_come_out():
+    torch.manual_seed(0)
+    model = uninet(0, 16, architecture=TINY).eval()
+    images = torch.randn(2, 3, 16, 16)
+    features = model.forward_head(model.forward_features(images), pre_logits=True)
+    assert torch.equal(model(images), features) and features.shape == (2, 24)
+    model.reset_classifier(5)
+    assert model(images).shape == (2, 5) and not model.get_classifier().bias.any()
+    model.reset_classifier(0)
+    assert torch.equal(model(images), features)
 
 
 def test_micro_has_every_released_part():
