@@ -15,8 +15,10 @@ activations, which is the same product and cheaper from two images on.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from torch import Tensor, nn
 
@@ -148,7 +150,7 @@ def check_model(model: nn.Module) -> None:
     if model.dynamic_img_size or not isinstance(model.patch_drop, nn.Identity):
         raise ValueError("every token has a mask: no dynamic_img_size and no patch dropout")
     for block in model.blocks:
-        attn, mlp = block.attn, block.mlp
+        attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
         if type(block) is not Block or type(attn) is not Attention or type(mlp) is not Mlp:
             kinds = "/".join(type(one).__name__ for one in (block, attn, mlp))
             raise ValueError(f"masks go into timm's Block with Attention and Mlp, not into {kinds}")
@@ -200,14 +202,18 @@ def learned_scores(model: nn.Module) -> Scores:
     blocks = search_blocks(model)
     attn = blocks[0].attn
     return Scores(
-        attention=tuple(block.attn.zeta[0, 0, :, 0].cpu().numpy() for block in blocks),
-        mlp=tuple(block.mlp.zeta.flatten().cpu().numpy() for block in blocks),
+        attention=tuple(to_numpy(block.attn.zeta[0, 0, :, 0]) for block in blocks),
+        mlp=tuple(to_numpy(block.mlp.zeta.flatten()) for block in blocks),
         # tanh of each layer's own tensor: another shape may round the last bit differently
-        tokens=tuple(
-            torch.tanh(block.attn.patch_zeta).flatten().cpu().numpy() for block in blocks
-        ),
+        tokens=tuple(to_numpy(torch.tanh(block.attn.patch_zeta).flatten()) for block in blocks),
         heads=(attn.num_heads, attn.head_dim),
-    )  # fmt: skip
+    )
+
+
+def to_numpy(values: Tensor) -> NDArray[np.floating]:
+    """As an array, also where NumPy lacks the type (bfloat16)."""
+    values = values.detach().cpu()
+    return (values.float() if values.dtype is torch.bfloat16 else values).numpy()
 
 
 @torch.no_grad()

@@ -29,7 +29,13 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import Block, Mlp, VisionTransformer
 from torch import Tensor, nn
 
-from reproductions.vit_slim.masks import SearchAttention, SearchMlp, check_model, learned_scores
+from reproductions.vit_slim.masks import (
+    SearchAttention,
+    SearchMlp,
+    check_model,
+    learned_scores,
+    to_numpy,
+)
 from reproductions.vit_slim.selection import Kept, Scores, choose
 
 MODES = ("exact", "drop", "masked")
@@ -207,7 +213,7 @@ def slim_to(
     """
     if mode not in MODES:
         raise ValueError(f"no mode {mode!r} for dropped tokens; there are {', '.join(MODES)}")
-    searched = isinstance(model.blocks[0].attn, SearchAttention)
+    searched = _is_searchable(model)
     if not searched:
         check_model(model)
         if soft:
@@ -242,6 +248,11 @@ def slim_to(
         before = here
     small.kept, small.token_mode = kept, mode
     return small.train(training)
+
+
+def _is_searchable(model: nn.Module) -> bool:
+    first = next(iter(getattr(model, "blocks", ())), None)
+    return isinstance(getattr(first, "attn", None), SearchAttention)
 
 
 def _carried(wanted: NDArray[np.bool_], prefix: int, mode: str) -> NDArray[np.int64]:
@@ -334,15 +345,20 @@ def magnitude_scores(model: VisionTransformer) -> Scores:
 
     A head's dimension has three rows of `qkv` and a column of `proj`, a channel a row of `fc1` and
     a column of `fc2`. No weight belongs to a token, so tokens tie and are all kept.
+
+    Raises:
+        ValueError: a model that cannot be sliced.
     """
+    if not _is_searchable(model):
+        check_model(model)
     attention, mlp = [], []
     for block in model.blocks:
         attn = block.attn
         rows = attn.qkv.weight.square().sum(1).view(3, -1).sum(0)
         squares = rows + attn.proj.weight.square().sum(0)
-        attention.append(squares.sqrt().view(attn.num_heads, attn.head_dim).cpu().numpy())
+        attention.append(to_numpy(squares.sqrt().view(attn.num_heads, attn.head_dim)))
         fc1, fc2 = block.mlp.fc1.weight, block.mlp.fc2.weight
-        mlp.append((fc1.square().sum(1) + fc2.square().sum(0)).sqrt().cpu().numpy())
+        mlp.append(to_numpy((fc1.square().sum(1) + fc2.square().sum(0)).sqrt()))
     tokens = np.ones(model.patch_embed.num_patches + model.num_prefix_tokens)
     heads = (model.blocks[0].attn.num_heads, model.blocks[0].attn.head_dim)
     return Scores(tuple(attention), tuple(mlp), (tokens,) * len(mlp), heads)

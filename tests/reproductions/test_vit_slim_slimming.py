@@ -102,6 +102,18 @@ def test_soft_slimming_is_the_soft_network():
 
 
 @torch.no_grad()
+def test_models_of_half_precision_are_cut_alike():
+    """NumPy has no bfloat16; ranks do not need it."""
+    model = searched()
+    half = copy.deepcopy(model).bfloat16()
+    small = slim(half, 0.5, 0.5)
+    assert {one.dtype for one in small.parameters()} == {torch.bfloat16}
+    wanted = slim(half.float(), 0.5, 0.5).kept
+    assert small.kept.head_dims.tolist() == wanted.head_dims.tolist()
+    assert slim(half.bfloat16(), scores=magnitude_scores(half)).kept.hidden.sum() > 0
+
+
+@torch.no_grad()
 def test_what_keeps_nothing_adds_its_bias():
     model = searched()
     for block in model.blocks[:2]:
@@ -265,6 +277,16 @@ def test_what_cannot_be_slimmed_says_why():
         make_searchable(make(mlp_layer=timm.layers.GluMlp))
     with pytest.raises(ValueError, match="not into SearchBlock"):
         make_searchable(searched())
+    parallel = make(block_fn=timm.models.vision_transformer.ParallelThingsBlock)
+    with pytest.raises(ValueError, match="not into ParallelThingsBlock/NoneType/NoneType"):
+        make_searchable(parallel)
+    resnet, scores = timm.create_model("resnet18"), constant_scores(2, (3, 8), 96, 17)
+    with pytest.raises(ValueError, match="not into a ResNet"):
+        slim(resnet, scores=scores)
+    with pytest.raises(ValueError, match="not into a ResNet"):
+        magnitude_scores(resnet)
+    with pytest.raises(ValueError, match="not into SlimBlock"):
+        magnitude_scores(slim(searched()))
     with pytest.raises(ValueError, match="exclude each other"):
         make_searchable(make(), head_search=True, uniform_search=True)
     kept = slim(searched(), 0.5, 0.5).kept
