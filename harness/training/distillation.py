@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import timm
 import torch
@@ -72,8 +72,8 @@ class Distillation(Objective):
         kind, alpha, tau: as in `distillation_loss`; default the recipe's.
 
     Raises:
-        ReplivitError: neither the recipe nor `kind` says how to distil; the teacher answers for
-            other classes, or wants images of another normalisation.
+        ReplivitError: neither the recipe nor `kind` says how to distil; an impossible alpha or tau;
+            the teacher answers for other classes, or wants images of another normalisation.
     """
 
     def __init__(
@@ -94,6 +94,13 @@ class Distillation(Objective):
         self._tau = recipe.distillation_tau if self.tau is None else self.tau
         if self._kind == "none":
             raise ReplivitError(f"recipe {recipe.name} does not say how to distil: hard or soft")
+        if self._kind not in get_args(Kind):
+            raise ReplivitError(f"distillation is soft or hard, not {self._kind!r}")
+        if not 0 <= self._alpha <= 1 or not self._tau > 0:
+            raise ReplivitError(
+                "alpha must lie between 0 and 1 and tau be above 0, not "
+                f"{self._alpha} and {self._tau}"
+            )
         self._teacher = self.teacher
         if isinstance(self.teacher, str):
             self._teacher = load_teacher(

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import inf
+from numbers import Real
 from typing import Any
 
 import torch
@@ -52,8 +54,8 @@ class Weights:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"the weight of the {name} term must be 0 or more, not {value}")
+            if not isinstance(value, Real) or not 0 <= value < inf:
+                raise ValueError(f"the weight of the {name} term must be 0 or more, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def manifold_loss(
         The sum, a scalar; and the terms with a weight, unweighted, without gradient.
 
     Raises:
-        ValueError: features of other shapes, no row to draw.
+        ValueError: features of other shapes, no row to draw, or rows that do not exist.
     """
     weights = weights or Weights()
     if student.ndim != 3 or teacher.ndim != 3:
@@ -114,10 +116,14 @@ def manifold_loss(
             f"{student.shape[1]} tokens of {len(student)} images without the first {skip} cannot "
             f"be compared with {tokens} tokens of {images} images"
         )
-    if num_samples < 1:
+    if not isinstance(num_samples, int) or num_samples < 1:
         raise ValueError(f"the rand term needs at least one row, not {num_samples}")
-    if weights.rand and not expected_rand and rows is None:
-        rows = torch.randperm(images * tokens)[:num_samples]
+    if weights.rand and not expected_rand:
+        rows = torch.randperm(images * tokens)[:num_samples] if rows is None else rows
+        if not len(rows) or rows.min() < 0 or rows.max() >= images * tokens:
+            raise ValueError(f"rows must be numbers from 0 to {images * tokens - 1}, at least one")
+    if torch.float64 in (student.dtype, teacher.dtype):  # the student's precision is that of all
+        teacher = teacher.to(torch.promote_types(student.dtype, torch.float32))
     plan = _Plan(
         weights, rows, min(num_samples, images * tokens), expected_rand, skip, storage,
         torch.is_grad_enabled() and student.requires_grad,

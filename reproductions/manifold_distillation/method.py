@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +159,8 @@ class ManifoldDistillation(Distillation):
         sampler: chooses the rows of the `rand` term.
 
     Raises:
-        ValueError: when the run starts: layers that do not exist or cannot be paired.
+        ValueError: an impossible beta; when the run starts: an impossible alpha or tau, layers that
+            do not exist or cannot be paired.
     """
 
     def __init__(
@@ -180,6 +182,8 @@ class ManifoldDistillation(Distillation):
         sampler: Sampler = random_rows,
     ) -> None:
         super().__init__(teacher, kind, alpha, tau, weights)
+        if not 0 <= beta < inf:
+            raise ValueError(f"beta must be 0 or more, not {beta}")
         self.terms = terms or Weights()
         self.s_id = None if s_id is None else tuple(s_id)
         self.t_id = None if t_id is None else tuple(t_id)

@@ -60,7 +60,7 @@ def find_layers(model: nn.Module, layers: Sequence[Layer], who: str) -> list[nn.
         who: whose they are, in the error.
 
     Raises:
-        ValueError: a layer that the model does not have.
+        ValueError: a layer that the model does not have, or what is neither number nor name.
     """
     names = block_names(model)
     found = []
@@ -70,6 +70,8 @@ def find_layers(model: nn.Module, layers: Sequence[Layer], who: str) -> list[nn.
             if layer not in known or not layer:
                 raise ValueError(f"the {who} ({type(model).__name__}) has no layer {layer!r}")
             found.append(known[layer])
+        elif not isinstance(layer, int) or isinstance(layer, bool):
+            raise ValueError(f"a layer is a number or a name, not {layer!r}")
         elif -len(names) <= layer < len(names):
             found.append(model.get_submodule(names[layer]))
         else:

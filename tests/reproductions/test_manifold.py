@@ -304,6 +304,11 @@ def test_teacher_of_another_width_depth_and_grid():
         ({"s_id": [0, 1], "t_id": [0]}, "2 layers of the student .s_id. cannot be paired with 1"),
         ({"s_id": [0]}, "s_id and t_id are layers in pairs: give both or none"),
         ({"num_samples": 0}, "the rand term needs at least one row, not 0"),
+        ({"s_id": [0.5], "t_id": [0]}, "a layer is a number or a name, not 0.5"),
+        ({"alpha": 1.5}, "alpha must lie between 0 and 1 and tau be above 0, not 1.5 and 1.0"),
+        ({"tau": 0.0}, "alpha must lie between 0 and 1 and tau be above 0, not 1.0 and 0.0"),
+        ({"beta": -1.0}, "beta must be 0 or more, not -1.0"),
+        ({"kind": "softer"}, "distillation is soft or hard, not 'softer'"),
     ],
 )
 def test_wrong_pairs_are_one_sentence(options, message):

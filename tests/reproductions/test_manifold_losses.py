@@ -306,6 +306,24 @@ def test_half_precision_around_it_changes_nothing():
     torch.testing.assert_close(loss, wanted)
 
 
+@pytest.mark.parametrize("rows", [[10], [-1], []])
+def test_rows_that_do_not_exist_are_refused(rows):
+    rows = torch.tensor(rows, dtype=torch.int64)
+    with pytest.raises(ValueError, match="rows must be numbers from 0 to 9, at least one"):
+        manifold_loss(randn(2, 5, 4), randn(2, 5, 4), rows=rows)
+
+
+def test_precision_is_the_students():
+    student, teacher = randn(2, 9, 8), randn(2, 9, 8, seed=1)
+    rows = torch.arange(10)
+    wanted, _ = manifold_loss(student, teacher, ONE_EACH, rows=rows)
+    single, _ = manifold_loss(student, teacher.double(), ONE_EACH, rows=rows)
+    assert single.dtype == torch.float32 and torch.equal(single, wanted)
+    double, _ = manifold_loss(student.double(), teacher, ONE_EACH, rows=rows)
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), wanted)
+
+
 def test_storage_shows_what_half_precision_loses():
     """Squares of differences below 2.4e-4 vanish in float16."""
     teacher = randn(4, 49, 32)
