@@ -21,7 +21,7 @@ import copy
 import fnmatch
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,7 @@ from harness.errors import ReplivitError
 from harness.evaluation import evaluate
 from harness.experiment import ExperimentResult
 from harness.record import Conditions, Record
+from harness.settings import choose
 from harness.training import Callback, Objective, Recipe, TrainedModel, train
 from harness.training.recipe import resolve_recipe
 
@@ -174,22 +175,7 @@ def choose_setting(scale: str, changes: Mapping[str, Any]) -> Setting:
     Raises:
         ReplivitError: unknown scale or field, no seed, or no epoch.
     """
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; known: {', '.join(SCALES)}")
-    known = [one.name for one in fields(Setting)]
-    for name, value in changes.items():
-        if name not in known:
-            raise ReplivitError(f"no option {name!r}; the options are: {', '.join(known)}")
-        least = LEAST.get(name)
-        if least is None or (value is None and getattr(SCALES["small"], name) is None):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
-            raise ReplivitError(f"option {name} must be a number from {least} on, not {value!r}")
-    setting = replace(SCALES[scale], **changes)
-    seeds = (setting.seeds,) if isinstance(setting.seeds, int) else tuple(setting.seeds)
-    if not seeds or len(set(seeds)) < len(seeds) or any(type(one) is not int for one in seeds):
-        raise ReplivitError(f"seeds must be whole numbers that differ, not {setting.seeds!r}")
-    return replace(setting, seeds=seeds)
+    return choose(SCALES, scale, changes, LEAST)
 
 
 def effect(

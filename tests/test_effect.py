@@ -141,13 +141,13 @@ def test_weights_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scale": "huge"}, "no scale 'huge'; known: tiny, small, paper"),
-        ({"epoch": 3}, "no option 'epoch'; the options are: track, parent"),
+        ({"scale": "huge"}, "no scale 'huge'; there are tiny, small, paper"),
+        ({"epoch": 3}, "no option 'epoch'; there are track, parent"),
         ({"seeds": (0, 0)}, r"whole numbers that differ, not \(0, 0\)"),
-        ({"seeds": "0,1"}, "whole numbers that differ, not '0,1'"),
-        ({"epochs": 0}, "option epochs must be a number from 1 on, not 0"),
+        ({"seeds": "0,x"}, "whole numbers that differ, not '0,x'"),
+        ({"epochs": 0}, "option epochs must be a whole number from 1 on, not 0"),
         ({"seconds": "long"}, "option seconds must be a number from 0 on, not 'long'"),
-        ({"batch_size": None}, "option batch_size must be a number from 1 on, not None"),
+        ({"batch_size": None}, "option batch_size must be a whole number from 1 on, not None"),
         ({"claims": [Claim("?", "nobody", CONTROL)]}, "no arm 'nobody'; there are parent, dense"),
         ({"arms": [Arm(PARENT, "vit_micro")]}, "arms need names of their own"),
     ],
@@ -161,6 +161,7 @@ def test_impossible_comparisons(options, message):
 def test_settings_from_the_command_line():
     assert choose_setting("small", {"seeds": [3, 4]}).seeds == (3, 4)
     assert choose_setting("small", {"seeds": 5}).seeds == (5,)
+    assert choose_setting("small", {"seeds": "3,4"}).seeds == (3, 4)
     assert choose_setting("small", {}).seeds == (0, 1, 2)
     assert choose_setting("tiny", {"train_images": None}).train_images is None
 

@@ -23,6 +23,7 @@ import harness
 from harness import Conditions, ExperimentResult, Finding, ReplivitError
 from harness.measurement.macs import count_macs_distribution
 from harness.measurement.side_by_side import time_images
+from harness.settings import of_scale
 from harness.tokens import sample_images
 from reproductions.ats.conventions import dense_macs, macs_of_counts, tokens_in_blocks
 from reproductions.ats.model import AtsVisionTransformer, insert_ats
@@ -64,9 +65,7 @@ def adaptive_cost(
     Raises:
         ReplivitError: unknown scale or names, no weights, or a count that no formula explains.
     """
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; known: {', '.join(SCALES)}")
-    count, timed, times, batches = SCALES[scale]
+    count, timed, times, batches = of_scale(SCALES, scale)
     model, origin = with_trained_weights(variant, track, weights)
     sample = sample_images(model, track, images or count, root=root)
     pictures = sample.inputs

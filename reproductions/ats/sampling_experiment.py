@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness import Conditions, ExperimentResult, Finding, ReplivitError
+from harness import Conditions, ExperimentResult, Finding
+from harness.settings import of_scale
 from harness.tokens import Sample, draw_kept, sample_images
 from reproductions.ats.layouts import split_heads
 from reproductions.ats.model import AtsVisionTransformer
@@ -52,10 +53,9 @@ def sampling(
     Raises:
         ReplivitError: unknown scale or names, or no weights.
     """
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; known: {', '.join(SCALES)}")
+    count = of_scale(SCALES, scale)
     model, origin = with_trained_weights(variant, track, weights, tokens=limit)
-    sample = sample_images(model, track, images or SCALES[scale], root=root)
+    sample = sample_images(model, track, images or count, root=root)
     logits, values = first_stage(model, sample.inputs)
     samples = model.ats.limits[min(model.ats.limits)]
     rows = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from harness import Conditions, ReplivitError, evaluate, get_variant, train
 from harness.data import ImageDataset, hold_out, load_split
 from harness.record import Record, read_records
+from harness.settings import choose
 from harness.training import Objective, TrainedModel
 from reproductions.autoformer.evolution import PAPER, RELEASED, Settings
 from reproductions.autoformer.fitness import evaluation_batches
@@ -118,35 +119,11 @@ def choose_setting(scale: str, options: dict[str, Any]) -> Setting:
     Raises:
         ReplivitError: an unknown scale or option, or a value that cannot be.
     """
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
-    known = [one.name for one in fields(Setting)]
-    for name in options:
-        if name not in known:
-            raise ReplivitError(f"the experiment takes no option {name!r}; it takes: "
-                                f"{', '.join(known)}")  # fmt: skip
-    options = dict(options)
-    if "seeds" in options:
-        options["seeds"] = _numbers(options["seeds"])
-    setting = replace(SCALES[scale], **options)
+    setting = choose(SCALES, scale, options)
     if setting.rule not in RULES:
         raise ReplivitError(f"no rule {setting.rule!r}; there are {', '.join(RULES)}")
-    if setting.device == "cuda" and not torch.cuda.is_available():
-        raise ReplivitError("no CUDA device is available; say device=cpu, or use scale small")
     get_space(setting.space), setting.evolution  # whose checks speak before hours of training
     return setting
-
-
-def _numbers(given: int | str | Iterable[int]) -> tuple[int, ...]:
-    """Seeds: a number, several of them, or a text like `0,1,2`."""
-    several = given.split(",") if isinstance(given, str) else given
-    try:
-        found = tuple(int(one) for one in ((several,) if isinstance(several, int) else several))
-    except (TypeError, ValueError) as error:
-        raise ReplivitError(f"seeds are numbers like 0,1,2, not {given!r}") from error
-    if not found:
-        raise ReplivitError("at least one seed is needed")
-    return found
 
 
 @functools.lru_cache(maxsize=4)

@@ -18,11 +18,12 @@ from scipy import stats
 from torch import Tensor, nn
 
 import harness
-from harness import Conditions, ExperimentResult, Finding, ReplivitError
+from harness import Conditions, ExperimentResult, Finding
 from harness.data import load_split
 from harness.measurement.macs import count_macs_distribution
 from harness.measurement.macs_fvcore import count_macs_fvcore
 from harness.measurement.side_by_side import time_images
+from harness.settings import of_scale
 from harness.tokens import keep_mask, sample_images
 from reproductions.dynamicvit.method import DynamicViTObjective
 
@@ -58,9 +59,8 @@ def adaptive_cost(
     Raises:
         ReplivitError: unknown scale or names, or no weights to start from.
     """
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; known: {', '.join(SCALES)}")
-    count, times = images or SCALES[scale][0], repeats or SCALES[scale][1]
+    count, times = of_scale(SCALES, scale)
+    count, times = images or count, repeats or times
     model, origin = trained(variant, parent, track, weights, root, tiny=scale == "tiny")
     dense = harness.build(parent, model.num_classes).eval()
     sample = sample_images(model, track, count, root=root)

@@ -20,6 +20,7 @@ from harness.measurement.macs import count_macs
 from harness.measurement.macs_fvcore import count_macs_fvcore
 from harness.measurement.side_by_side import time_models
 from harness.measurement.yardstick import seeded_images
+from harness.settings import of_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,9 +128,7 @@ def keep_ratio(
     Raises:
         ReplivitError: unknown scale or base.
     """
-    if scale not in SETTINGS:
-        raise ReplivitError(f"no scale {scale!r}; known: {', '.join(SETTINGS)}")
-    setting = SETTINGS[scale]
+    setting = of_scale(SETTINGS, scale)
     groups = [
         (base, tuple(batch_sizes or own_batches), tuple(ratios or own_ratios))
         for base, own_batches, own_ratios in _groups(setting, bases)

@@ -17,6 +17,7 @@ import harness
 from harness import Conditions, ExperimentResult, Finding
 from harness.measurement.latency import Effort, Timing
 from harness.measurement.macs import count_macs
+from harness.settings import of_scale
 
 from .blocks import Meta3D, Meta4D, stem
 from .conventions import macs as official_macs
@@ -183,7 +184,7 @@ def operator_latency(
         width, side: channels and map of the blocks (default: L1's third stage).
         budget_s: seconds of timing per group.
     """
-    budget = budget_s or _of_scale(BUDGETS, scale)
+    budget = budget_s or of_scale(BUDGETS, scale)
     rows, timings = [], {}
     for group in groups(width, side):
         timed = timings[group.name] = _time(group, batch_size, threads, device, budget)
@@ -220,12 +221,6 @@ def operator_latency(
             options={"width": width, "side": side},
         ),
     )  # fmt: skip
-
-
-def _of_scale(table: dict, scale: str):
-    if scale not in table:
-        raise harness.ReplivitError(f"no scale {scale!r}; known: {', '.join(table)}")
-    return table[scale]
 
 
 def _draw_operators(rows: list[dict]) -> Figure:
@@ -274,7 +269,7 @@ def ablation(
     budget_s: float | None = None,
 ) -> ExperimentResult:
     """Parameters, MACs and latency of L1 with one part exchanged; counts of all sizes."""
-    budget = (budget_s or _of_scale(BUDGETS, scale)) * 2
+    budget = (budget_s or of_scale(BUDGETS, scale)) * 2
     changes = {
         "L1": {},
         "pooling -> identity": {"token_mixer": "identity"},

@@ -21,6 +21,7 @@ from harness import Conditions, ExperimentResult, Finding, ReplivitError
 from harness.data import create_transform, get_track, hold_out, load_split
 from harness.evaluation import bits_of
 from harness.measurement.macs import count_macs
+from harness.settings import as_seeds, choose
 from harness.statistics import mcnemar, mean_std, paired_means
 from harness.training import Recipe, TrainedModel, read_recipe
 
@@ -135,8 +136,8 @@ def slimming(
     Raises:
         ReplivitError: unknown scale or option, a target that cannot be reached.
     """
-    seeds = (seeds,) if isinstance(seeds, int) else tuple(seeds)
-    setting = _setting(scale, changes)
+    seeds = as_seeds(seeds)
+    setting = choose(SETTINGS, scale, changes)
     if not 0 < target < 1:
         raise ReplivitError(f"target {target} must be a share of the latency between 0 and 1")
     supernet = _train_supernet(setting, noise, device, root)
@@ -184,16 +185,6 @@ def slimming(
             backend="deploy", options={"target": target, "noise": noise},
         ),
     )  # fmt: skip
-
-
-def _setting(scale: str, changes: dict[str, Any]) -> Setting:
-    if scale not in SETTINGS:
-        raise ReplivitError(f"no scale {scale!r}; known: {', '.join(SETTINGS)}")
-    known = list(Setting.__dataclass_fields__)
-    for name in changes:
-        if name not in known:
-            raise ReplivitError(f"slimming takes no option {name!r}; it takes: {', '.join(known)}")
-    return replace(SETTINGS[scale], **changes)
 
 
 def _recipe(setting: Setting) -> Recipe | None:

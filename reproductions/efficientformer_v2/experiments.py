@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from harness import Conditions, ExperimentResult, Finding, ReplivitError, get_paper
+from harness import Conditions, ExperimentResult, Finding, get_paper
 from harness.measurement.latency import Effort, Timing
 from harness.measurement.paper_counters import snap_profile
+from harness.settings import of_scale
 from reproductions.efficientformer_v2.attention import Attention4D
 from reproductions.efficientformer_v2.model import efficientformer_v2
 from reproductions.efficientformer_v2.search import time_on_one_thread
@@ -38,13 +39,6 @@ def published_rows(prefix: str) -> list[dict[str, Any]]:
     ]
 
 
-def choose(scale: str, scales: dict[str, Any]) -> Any:
-    """The settings of a scale; an unknown one is an error that names the known."""
-    if scale not in scales:
-        raise ReplivitError(f"no scale {scale!r}; there are {', '.join(scales)}")
-    return scales[scale]
-
-
 def stride_attention(
     scale: str = "small",
     sizes: Sequence[int] | None = None,
@@ -64,7 +58,7 @@ def stride_attention(
         batch_sizes: images per call.
         seconds: timing budget of one pair.
     """
-    chosen = choose(scale, SCALES)
+    chosen = of_scale(SCALES, scale)
     sizes = sizes or chosen[0]
     networks, batch_sizes = networks or chosen[1], batch_sizes or chosen[2]
     seconds = seconds or chosen[3]

@@ -14,12 +14,12 @@ from harness import (
     Conditions,
     ExperimentResult,
     Finding,
-    ReplivitError,
     build,
     get_paper,
     get_variant,
 )
 from harness.measurement.paper_counters import snap_profile
+from harness.settings import of_scale
 from reproductions.efficientformer_v2.blocks import FFN, Embedding, Stem
 from reproductions.efficientformer_v2.layers import ConvNorm
 
@@ -124,8 +124,7 @@ def ladder(scale: str = "small") -> ExperimentResult:
     Args:
         scale: `small` or `paper`; the counts are the same.
     """
-    if scale not in ("small", "paper"):
-        raise ReplivitError(f"no scale {scale!r}; there are small, paper")
+    of_scale(dict.fromkeys(("small", "paper")), scale)  # the same at both
     counted, printed = counted_rows(), printed_rows()
     rows = []
     for number, facts in sorted(printed.items()):

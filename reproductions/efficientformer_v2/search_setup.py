@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from harness.data import (
     hold_out,
     load_split,
 )
+from harness.settings import choose
 from reproductions.efficientformer_v2.supernet import SearchSpace, Subnet, Supernet
 
 
@@ -77,21 +78,7 @@ SCALES = {
 
 def choose_settings(scale: str, options: dict[str, Any]) -> Settings:
     """The settings of a scale with some of them changed; a mistake is one clear sentence."""
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
-    known = [one.name for one in fields(Settings)]
-    for name in options:
-        if name not in known:
-            raise ReplivitError(
-                f"the search takes no option {name!r}; it takes: {', '.join(known)}"
-            )
-    if isinstance(options.get("space"), dict):
-        options["space"] = SearchSpace(**options["space"])
-    if isinstance(options.get("seeds"), int):
-        options["seeds"] = (options["seeds"],)
-    settings = replace(SCALES[scale], **options)
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ReplivitError("no CUDA device is available; say device=cpu, or use scale small")
+    settings = choose(SCALES, scale, options)
     if not 0 < settings.target < 1:
         raise ReplivitError("target is a part of the supernet's latency, between 0 and 1")
     return settings

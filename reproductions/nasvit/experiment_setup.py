@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness import Conditions, ReplivitError
+from harness import Conditions
 from harness.data import ImageDataset, hold_out, load_split
+from harness.settings import choose
 from harness.training import Recipe, TrainedModel, read_recipe, train
 from reproductions.nasvit.conflict import ConflictWatch
 from reproductions.nasvit.fitness import Batches, SubnetAccuracy, batches_of
@@ -101,27 +102,9 @@ def choose_setting(scale: str, options: Mapping[str, Any]) -> Setting:
     Raises:
         ReplivitError: an unknown scale or option, or a value that cannot be.
     """
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
-    known = [one.name for one in fields(Setting)]
-    for name, value in options.items():
-        if name not in known:
-            raise ReplivitError(f"no option {name!r}; the options are: {', '.join(known)}")
-        least = LEAST.get(name)
-        if least is None or (value is None and name in ("train_images", "test_images")):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ReplivitError(
-                f"option {name} must be a whole number from {least} on, not {value!r}"
-            )
-    setting = replace(SCALES[scale], **options)
-    seeds = (setting.seeds,) if isinstance(setting.seeds, int) else tuple(setting.seeds)
-    if not seeds or len(set(seeds)) < len(seeds) or any(type(one) is not int for one in seeds):
-        raise ReplivitError(f"seeds must be whole numbers that differ, not {setting.seeds!r}")
-    if setting.device == "cuda" and not torch.cuda.is_available():
-        raise ReplivitError("no CUDA device is available; say device=cpu, or use scale small")
+    setting = choose(SCALES, scale, options, LEAST)
     get_space(setting.space), get_space(setting.cnn_space)
-    return replace(setting, seeds=seeds)
+    return setting
 
 
 @dataclass(frozen=True, eq=False)

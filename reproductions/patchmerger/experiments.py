@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from harness.measurement.latency import Effort, Timing
 from harness.measurement.macs import count_macs
 from harness.measurement.side_by_side import time_models
 from harness.measurement.yardstick import seeded_images
+from harness.settings import choose
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,13 +153,7 @@ def choose_plan(scale: str, changes: dict[str, Any]) -> Plan:
     Raises:
         ReplivitError: an unknown scale, field or size of network.
     """
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
-    known = [one.name for one in fields(Plan)]
-    for name in changes:
-        if name not in known:
-            raise ReplivitError(f"no option {name!r}; the options are: {', '.join(known)}")
-    plan = replace(SCALES[scale], **changes)
+    plan = choose(SCALES, scale, changes)
     for size in (plan.size, *plan.timed_sizes):
         if size not in PARENTS:
             raise ReplivitError(f"no size {size!r}; there are {', '.join(PARENTS)}")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import harness
-from harness import Conditions, ExperimentResult, Finding, ReplivitError
+from harness import Conditions, ExperimentResult, Finding
+from harness.settings import of_scale
 from harness.tokens import sample_images
 from reproductions.patchmerger.insertion import insert_merger, mergers
 from reproductions.patchmerger.merger import PatchMerger
@@ -49,9 +50,7 @@ def initialisation(
     Raises:
         ReplivitError: unknown scale, or no such weights.
     """
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
-    draws, count = SCALES[scale]
+    draws, count = of_scale(SCALES, scale)
     inputs = {
         f"noise, {width} wide": torch.randn(
             NOISE, 196, width, generator=torch.Generator().manual_seed(width)

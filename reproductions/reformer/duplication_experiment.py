@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 import harness
 from harness import Conditions, ExperimentResult, Finding
 from harness.errors import ReplivitError
+from harness.settings import as_seeds, choose
 from harness.statistics import mean_std
 from reproductions.reformer.duplication import Task, accuracy, train
 
@@ -57,18 +58,12 @@ def duplication(
     Raises:
         ReplivitError: an unknown scale, option or row.
     """
-    if scale not in TASKS:
-        raise ReplivitError(f"no scale {scale!r}; known: {', '.join(TASKS)}")
-    known = [one.name for one in fields(Task)]
-    for name in changes:
-        if name not in known:
-            raise ReplivitError(f"no option {name!r}; the options are: {', '.join(known)}")
     if isinstance(changes.get("steps"), int):
         changes["steps"] = (changes["steps"],) * 5
-    task = replace(TASKS[scale], **changes)
-    seeds = SEEDS[scale] if seeds is None else (seeds,) if isinstance(seeds, int) else tuple(seeds)
+    task = choose(TASKS, scale, changes)
+    seeds = SEEDS[scale] if seeds is None else as_seeds(seeds)
     chosen = (trained,) if isinstance(trained, int) else tuple(trained)
-    if not chosen or not seeds or set(chosen) - {0, 1, 2, 4, 8}:
+    if not chosen or set(chosen) - {0, 1, 2, 4, 8}:
         raise ReplivitError(
             "trained is a list of 0 (full attention), 1, 2, 4 and 8; one seed needed"
         )

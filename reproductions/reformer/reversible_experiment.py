@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import nn
 
 from harness import Conditions, ExperimentResult, Finding
 from harness.errors import ReplivitError
+from harness.settings import choose
 from reproductions.reformer.attention import FullAttention, LSHAttention
 from reproductions.reformer.layers import FeedForward, PreNormAttention
 from reproductions.reformer.peaks import peak_bytes
@@ -63,13 +64,7 @@ def reversible(scale: str = "small", **changes: Any) -> ExperimentResult:
     Raises:
         ReplivitError: an unknown scale or option, or fewer than three depths.
     """
-    if scale not in SETTINGS:
-        raise ReplivitError(f"no scale {scale!r}; known: {', '.join(SETTINGS)}")
-    known = [one.name for one in fields(Setting)]
-    for name in changes:
-        if name not in known:
-            raise ReplivitError(f"no option {name!r}; the options are: {', '.join(known)}")
-    setting = replace(SETTINGS[scale], **changes)
+    setting = choose(SETTINGS, scale, changes)
     if len(setting.depths) < 3 or min(setting.depths) < 1:
         raise ReplivitError("a slope needs at least three depths of one layer or more")
     size = asdict(setting)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from harness import Conditions, ExperimentResult, Finding
 from harness.errors import ReplivitError
+from harness.settings import choose
 from harness.statistics import bootstrap_interval
 from reproductions.reformer.attention import LSHAttention
 from reproductions.reformer.chunked import chunked_attention
@@ -125,15 +126,7 @@ def scaling(scale: str = "small", **changes: Any) -> ExperimentResult:
 
 
 def _setting(scale: str, changes: dict[str, Any]) -> Setting:
-    if scale not in SETTINGS:
-        raise ReplivitError(f"no scale {scale!r}; known: {', '.join(SETTINGS)}")
-    known = [one.name for one in fields(Setting)]
-    for name, value in changes.items():
-        if name not in known:
-            raise ReplivitError(f"no option {name!r}; the options are: {', '.join(known)}")
-        if name in ("lengths", "rounds") and isinstance(value, int):
-            changes[name] = (value,)
-    setting = replace(SETTINGS[scale], **changes)
+    setting = choose(SETTINGS, scale, changes)
     if len(setting.lengths) < 3:
         raise ReplivitError("a fit needs at least three lengths")
     for length in setting.lengths:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from harness.measurement.latency import Timing
 from harness.measurement.macs import MacsCount, count_macs
 from harness.measurement.side_by_side import time_models
 from harness.measurement.yardstick import seeded_images
+from harness.settings import choose
 from reproductions.sepvit.complexity import block_costs, two_swin_blocks
 from reproductions.sepvit.conventions import macs as authors_macs
 from reproductions.sepvit.model import ARCHITECTURES
@@ -68,16 +69,7 @@ def choose_plan(scale: str, changes: Mapping[str, Any]) -> Plan:
     Raises:
         ReplivitError: unknown scale, field or size.
     """
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
-    known = [one.name for one in fields(Plan)]
-    for name in changes:
-        if name not in known:
-            raise ReplivitError(f"no option {name!r}; the options are: {', '.join(known)}")
-    plan = replace(SCALES[scale], **changes)
-    sizes = {name: getattr(plan, name) for name in ("image_sizes", "timed_sizes")}
-    sizes = {name: (one,) if isinstance(one, int) else tuple(one) for name, one in sizes.items()}
-    plan = replace(plan, **sizes)
+    plan = choose(SCALES, scale, changes)
     if plan.size not in ARCHITECTURES or plan.size == "micro":
         raise ReplivitError(f"no size {plan.size!r}; there are lite, tiny, small, base")
     if PUBLISHED not in plan.image_sizes or not set(plan.timed_sizes) <= set(plan.image_sizes):

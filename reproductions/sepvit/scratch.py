@@ -8,13 +8,13 @@ of their own (`--set seeds=0`); the one that asks for all of them then only read
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harness import Conditions, ExperimentResult, ReplivitError, get_paper
+from harness import Conditions, ExperimentResult, get_paper
 from harness.data import load_split
 from harness.effect import Arm, Claim, Run
 from harness.effect_report import Difference, judge
@@ -22,6 +22,7 @@ from harness.evaluation import evaluate
 from harness.measurement.latency import Timing
 from harness.measurement.macs import count_macs
 from harness.measurement.side_by_side import time_models
+from harness.settings import choose
 from harness.statistics import adjust_p_values, mean_std
 from harness.tokens import sample_images
 from harness.training import train
@@ -41,7 +42,7 @@ class Plan:
     """
 
     track: str = "fashion_mini"
-    seeds: Sequence[int] | int = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2)
     epochs: int | None = 5
     train_images: int | None = None
     test_images: int | None = None
@@ -67,21 +68,8 @@ def choose_plan(scale: str, changes: Mapping[str, Any]) -> Plan:
     Raises:
         ReplivitError: unknown scale or field, or an impossible number.
     """
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
-    known = [one.name for one in fields(Plan)]
-    for name in changes:
-        if name not in known:
-            raise ReplivitError(f"no option {name!r}; the options are: {', '.join(known)}")
-    plan = replace(SCALES[scale], **changes)
-    seeds = (plan.seeds,) if isinstance(plan.seeds, int) else tuple(plan.seeds)
-    if not seeds or len(set(seeds)) < len(seeds) or any(type(one) is not int for one in seeds):
-        raise ReplivitError(f"seeds must be whole numbers that differ, not {plan.seeds!r}")
-    for name in ("epochs", "train_images", "test_images", "batch_size", "threads"):
-        value = getattr(plan, name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise ReplivitError(f"option {name} must be a whole number from 1 on, not {value!r}")
-    return replace(plan, seeds=seeds)
+    counts = ("epochs", "train_images", "test_images", "batch_size", "threads")
+    return choose(SCALES, scale, changes, least=dict.fromkeys(counts, 1))
 
 
 def compare_from_scratch(

@@ -12,6 +12,7 @@ import torch
 
 from harness import Conditions, ExperimentResult, Finding
 from harness.data import create_transform, get_track, load_split
+from harness.settings import choose
 from harness.training import train
 from reproductions.autoformer.space import Config, Space, get_space
 from reproductions.autoformer.subnet import Subnet
@@ -24,10 +25,10 @@ from reproductions.tf_tas.indicators import (
     snip,
     synflow,
 )
+from reproductions.tf_tas.published import published
 from reproductions.tf_tas.ranking import Rank, kendall, rank
 from reproductions.tf_tas.scoring import random_supernet
 from reproductions.tf_tas.search import Draws
-from reproductions.tf_tas.settings import choose, published
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

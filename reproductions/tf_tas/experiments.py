@@ -12,16 +12,17 @@ import torch
 from harness import Conditions, ExperimentResult, Finding
 from harness.environment import home
 from harness.evaluation import bits_of
+from harness.settings import choose
 from harness.statistics import bootstrap_interval, mcnemar, mean_std
 from harness.training import TrainedModel, train
 from reproductions.autoformer.drawing import draw_architecture
 from reproductions.autoformer.space import PUBLISHED, Config, Space, get_space
 from reproductions.tf_tas.indicators import DssMode
 from reproductions.tf_tas.model import FOUND, MICRO_WINDOW
+from reproductions.tf_tas.published import published
 from reproductions.tf_tas.ranking import percentile, rank
 from reproductions.tf_tas.scoring import DssScorer, random_supernet
 from reproductions.tf_tas.search import Draws, SearchResult, random_search
-from reproductions.tf_tas.settings import choose, published
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,9 +11,9 @@ from torch import nn
 
 from harness import Conditions, ExperimentResult, Finding, evaluate, load_pretrained
 from harness.evaluation import bits_of
+from harness.settings import choose
 from harness.statistics import mcnemar
 from reproductions.tf_tas.indicators import scored_layers
-from reproductions.tf_tas.settings import choose
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from harness.data import load_split
 from harness.effect import Claim, Run
 from harness.effect_report import COLOURS, Difference, judge
 from harness.measurement.macs import count_macs
+from harness.settings import choose
 from harness.statistics import mean_std
 from harness.training import train
 from reproductions.uninet.model import ARCHITECTURES, Architecture, UniNet
@@ -92,23 +93,7 @@ def choose_setting(scale: str, changes: Mapping[str, Any]) -> Setting:
     Raises:
         ReplivitError: an unknown scale or option, no seed or epoch, or a network that is none.
     """
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
-    known, changes = [one.name for one in fields(Setting)], dict(changes)
-    for name in changes:
-        if name not in known:
-            raise ReplivitError(f"no option {name!r}; the options are: {', '.join(known)}")
-    if isinstance(changes.get("seeds"), int):
-        changes["seeds"] = (changes["seeds"],)
-    if isinstance(changes.get("network"), Mapping):
-        try:
-            changes["network"] = replace(SCALES[scale].network, **changes["network"])
-        except (TypeError, ValueError) as error:
-            raise ReplivitError(f"option network: {error}") from error
-    setting = replace(SCALES[scale], **changes)
-    if not setting.seeds or setting.epochs < 1:
-        raise ReplivitError("at least one seed and one epoch are needed")
-    return setting
+    return choose(SCALES, scale, changes, least={"epochs": 1})
 
 
 def networks_of(setting: Setting, names: Sequence[str] = ARMS) -> dict[str, Architecture]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from harness import ReplivitError
+from harness.settings import choose
 from reproductions.uninet.proxy import Proxy
 from reproductions.uninet.space import SearchSpace
 
@@ -90,27 +88,5 @@ def choose_setting(scale: str, options: Mapping[str, Any]) -> Setting:
     Raises:
         ReplivitError: an unknown scale or option, no seed, no CUDA device, or an impossible space.
     """
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; there are {', '.join(SCALES)}")
-    known, options = [one.name for one in fields(Setting)], dict(options)
-    for name in options:
-        if name not in known:
-            raise ReplivitError(f"no option {name!r}; the options are: {', '.join(known)}")
-    if isinstance(options.get("seeds"), int):
-        options["seeds"] = (options["seeds"],)
-    if isinstance(options.get("space"), Mapping):
-        try:
-            options["space"] = replace(SCALES[scale].space, **options["space"])
-        except (TypeError, ValueError) as error:
-            raise ReplivitError(f"option space: {error}") from error
-    setting = replace(SCALES[scale], **options)
-    for name in ("evaluations", "batch", "images", "epochs", "judged_on", "target"):
-        if not isinstance(getattr(setting, name), int | float) or getattr(setting, name) <= 0:
-            raise ReplivitError(
-                f"option {name} must be a positive number, not {getattr(setting, name)!r}"
-            )
-    if not setting.seeds:
-        raise ReplivitError("option seeds: at least one is needed")
-    if setting.device == "cuda" and not torch.cuda.is_available():
-        raise ReplivitError("no CUDA device is available; say device=cpu, or use scale small")
-    return setting
+    counts = ("evaluations", "batch", "images", "epochs", "judged_on", "target")
+    return choose(SCALES, scale, options, least=dict.fromkeys(counts, 1))

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 import harness
-from harness import Conditions, ExperimentResult, Finding, ReplivitError
+from harness import Conditions, ExperimentResult, Finding
 from harness.measurement.macs import count_macs
 from harness.paper import Published
+from harness.settings import of_scale
 from reproductions.vit_slim import conventions
 from reproductions.vit_slim.selection import Kept
 
@@ -36,8 +37,7 @@ def budgets(scale: str = "small") -> ExperimentResult:
     Raises:
         ReplivitError: unknown scale.
     """
-    if scale not in ("tiny", "small", "paper"):
-        raise ReplivitError(f"no scale {scale!r}; known: tiny, small, paper")
+    of_scale(dict.fromkeys(("tiny", "small", "paper")), scale)  # the same at each of them
     paper = harness.get_paper("vit_slim").facts
     printed: dict[tuple[str, str], dict[str, Published]] = {}
     for row in paper.published:

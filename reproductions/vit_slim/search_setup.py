@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import harness
 from harness import ReplivitError
 from harness.data import load_split
 from harness.effect import Run, parent_recipe, test_split
+from harness.settings import choose
 from harness.training import Recipe, TrainedModel, read_recipe, train
 from reproductions.vit_slim.masks import learned_scores
 from reproductions.vit_slim.method import SparsitySearch
@@ -78,25 +79,11 @@ def choose_setting(scale: str, changes: Mapping[str, Any]) -> Setting:
     Raises:
         ReplivitError: unknown scale or field, no seed or budget, a budget outside (0, 1].
     """
-    if scale not in SCALES:
-        raise ReplivitError(f"no scale {scale!r}; known: {', '.join(SCALES)}")
-    known = [one.name for one in fields(Setting)]
-    for name in changes:
-        if name not in known:
-            raise ReplivitError(f"no option {name!r}; the options are: {', '.join(known)}")
-    setting = replace(SCALES[scale], **changes)
-    seeds = (setting.seeds,) if isinstance(setting.seeds, int) else tuple(setting.seeds)
-    single = isinstance(setting.budgets, int | float)
-    budgets = (setting.budgets,) if single else tuple(setting.budgets)
-    if not seeds or len(set(seeds)) < len(seeds) or any(type(one) is not int for one in seeds):
-        raise ReplivitError(f"seeds must be whole numbers that differ, not {setting.seeds!r}")
-    if not budgets or any(not isinstance(one, int | float) or not 0 < one <= 1 for one in budgets):
+    counts = ("parent_epochs", "search_epochs", "epochs", "train_images", "test_images")
+    setting = choose(SCALES, scale, changes, least=dict.fromkeys(counts, 1))
+    if not setting.budgets or any(not 0 < one <= 1 for one in setting.budgets):
         raise ReplivitError(f"budgets must lie in (0, 1], not {setting.budgets!r}")
-    for name in ("parent_epochs", "search_epochs", "epochs", "train_images", "test_images"):
-        value = getattr(setting, name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise ReplivitError(f"option {name} must be a whole number from 1 on, not {value!r}")
-    return replace(setting, seeds=seeds, budgets=tuple(sorted(set(budgets), reverse=True)))
+    return replace(setting, budgets=tuple(sorted(set(setting.budgets), reverse=True)))
 
 
 def recipe_of(name: str, epochs: int | None) -> Recipe:

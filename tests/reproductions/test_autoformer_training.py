@@ -189,8 +189,8 @@ def test_entanglement_experiment_runs(home):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"scale": "huge"}, "no scale 'huge'; there are tiny, small, paper"),
-    ({"scale": "tiny", "width": 3}, "takes no option 'width'; it takes: space"),
-    ({"scale": "tiny", "seeds": "0,x"}, "seeds are numbers like 0,1,2, not '0,x'"),
+    ({"scale": "tiny", "width": 3}, "no option 'width'; there are space"),
+    ({"scale": "tiny", "seeds": "0,x"}, "seeds must be whole numbers that differ, not '0,x'"),
     ({"scale": "tiny", "min_params": 1.0}, "window is empty"),
     ({"scale": "tiny", "rule": "mine"}, "no rule 'mine'; there are released, paper"),
     ({"scale": "tiny", "space": "x"}, "no search space 'x'"),

@@ -374,7 +374,7 @@ def test_search_experiment_end_to_end(monkeypatch):
 
 
 def test_search_options_are_checked():
-    with pytest.raises(harness.ReplivitError, match="takes no option 'epochs'"):
+    with pytest.raises(harness.ReplivitError, match="no option 'epochs'; there are space, track"):
         search_experiment.search(epochs=3)
     with pytest.raises(harness.ReplivitError, match="between 0 and 1"):
         search_experiment.search(target=2)

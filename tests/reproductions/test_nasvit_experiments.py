@@ -214,7 +214,7 @@ def test_experiments_run(home):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"epoch": 1}, "no option 'epoch'; the options are: space"),
+        ({"epoch": 1}, "no option 'epoch'; there are space"),
         ({"epochs": 0}, "option epochs must be a whole number from 1 on, not 0"),
         ({"seeds": (1, 1)}, "seeds must be whole numbers that differ"),
         ({"space": "nano"}, "no space 'nano'"),

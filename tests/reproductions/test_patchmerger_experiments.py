@@ -150,7 +150,7 @@ def test_effect_trains_the_chosen_arms_and_answers_their_claims():
     ("name", "options", "message"),
     [
         ("placement", {"scale": "huge"}, "no scale 'huge'; there are tiny, small, paper"),
-        ("placement", {"patience": 1}, "no option 'patience'; the options are: size, layers"),
+        ("placement", {"patience": 1}, "no option 'patience'; there are size, layers"),
         ("placement", {"size": "xl"}, "no size 'xl'; there are ti, s, b"),
         ("initialisation", {"scale": "huge"}, "no scale 'huge'; there are tiny, small, paper"),
         ("effect", {"arms": "removed"}, "no arm 'removed'; there are: inserted, no training; ins"),

@@ -113,7 +113,7 @@ def test_looking_at_a_block():
     ("name", "options", "message"),
     [
         ("twins", {"scale": "huge"}, "no scale 'huge'; there are tiny, small, paper"),
-        ("twins", {"patience": 1}, "no option 'patience'; the options are: track, seeds"),
+        ("twins", {"patience": 1}, "no option 'patience'; there are track, seeds"),
         ("twins", {"seeds": (0, 0)}, "seeds must be whole numbers that differ"),
         ("window_token", {"epochs": 0}, "option epochs must be a whole number from 1 on, not 0"),
         ("resolution", {"size": "micro"}, "no size 'micro'; there are lite, tiny, small, base"),

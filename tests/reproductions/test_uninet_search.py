@@ -182,8 +182,8 @@ def test_search_options_are_checked():
     assert choose_setting("tiny", {"seeds": 4, "space": {"repeats": [1, 2]}}).seeds == (4,)
     for options, message in (
         ({"no_such": 1}, "no option 'no_such'"),
-        ({"evaluations": 0}, "evaluations must be a positive number"),
-        ({"seeds": ()}, "at least one is needed"),
+        ({"evaluations": 0}, "evaluations must be a whole number from 1 on, not 0"),
+        ({"seeds": ()}, "seeds must be whole numbers that differ"),
         ({"space": {"repeats": []}}, "needs options that differ"),
         ({"space": {"no_such": 1}}, "option space"),
     ):
@@ -224,7 +224,7 @@ def test_downsampling_options_are_checked():
     for scale, options, message in (
         ("huge", {}, "no scale 'huge'"),
         ("tiny", {"arms": ["no such"]}, "no arm 'no such'; there are: strided"),
-        ("tiny", {"epochs": 0}, "at least one seed and one epoch"),
+        ("tiny", {"epochs": 0}, "epochs must be a whole number from 1 on, not 0"),
         ("tiny", {"no_such": 0}, "no option 'no_such'"),
         ("tiny", {"network": {"repeats": [1]}}, "option network: repeats must have one entry"),
     ):

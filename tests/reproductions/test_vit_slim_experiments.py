@@ -85,7 +85,7 @@ def test_claims_cite_rows_that_were_run():
         ({"budgets": (0.5, 1.2)}, r"budgets must lie in \(0, 1\]"),
         ({"seeds": ()}, "seeds must be whole numbers"),
         ({"epochs": 0}, "epochs must be a whole number from 1 on"),
-        ({"depth": 3}, "no option 'depth'; the options are"),
+        ({"depth": 3}, "no option 'depth'; there are"),
     ],
 )
 def test_bad_options_are_one_sentence(changes, message):
