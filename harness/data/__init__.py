@@ -15,8 +15,11 @@ from harness.data.tracks import TRACKS, Track, get_track, input_spec
 # imported on first use: these bring torch and timm, which listing variants must not
 _LAZY = {
     "AugmentedDataset": "augmentation",
+    "Batches": "batches",
     "ImageDataset": "images",
     "PixelTransform": "augmentation",
+    "SearchImages": "batches",
+    "batches_of": "batches",
     "contact_sheet": "pictures",
     "create_transform": "transforms",
     "hold_out": "parts",

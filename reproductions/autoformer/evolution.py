@@ -15,13 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from reproductions.autoformer.scores import Scores
+from harness.evolution import Scores
 from reproductions.autoformer.space import Config, Genes, Space
 
 #: Configurations -> their fitness, in order and as soon as each is known (higher is better).
 Fitness = Callable[[list[Config]], Iterable[float]]
-#: Called after each score: (number of scores so far, configuration, fitness).
-Progress = Callable[[int, Config, float], None]
 
 BATCH = 10  # the released generators draw so many candidates at a time
 TRIES = 10  # draws per wanted child
@@ -134,7 +132,7 @@ class SearchResult:
         for number, entry in enumerate(self.scores.entries, 1):
             best = max(best, entry.fitness)
             rows.append({"evaluation": number, "fitness": entry.fitness, "best": best,
-                         "params": entry.params, "phase": entry.phase,
+                         "params": entry.cost, "phase": entry.phase,
                          "config": Config.from_genes(entry.genes).as_dict()})  # fmt: skip
         return rows
 
@@ -164,14 +162,12 @@ class Evolution:
         seed: int | random.Random = 0,
         state: Path | None = None,
         identity: dict[str, Any] | None = None,
-        progress: Progress | None = None,
     ) -> None:
         check_window(space, count, settings.min_params, settings.max_params)
         self.space, self.count, self.fitness, self.settings = space, count, fitness, settings
         self.rng = random.Random(seed) if isinstance(seed, int) else seed
         name = {"search": "evolution", "space": space.name, "seed": str(seed)}
         self.scores = Scores(state, {**name, **asdict(settings), **(identity or {})})
-        self.progress = progress
         self._params: dict[Genes, int] = {}
         self._chosen: set[Genes] = set()
 
@@ -203,17 +199,16 @@ class Evolution:
     # scoring
 
     def _score(self, candidates: list[Genes], phase: str) -> None:
-        """Score what has no score yet, and write each one down at once."""
-        missing = [one for one in candidates if one not in self.scores]
-        values = self.fitness([Config.from_genes(one) for one in missing]) if missing else ()
-        for genes, value in zip(missing, values, strict=True):
-            self.scores.add(genes, value, self._params[genes], phase)
-            if self.progress:
-                self.progress(len(self.scores), Config.from_genes(genes), value)
+        self.scores.fill(
+            candidates,
+            lambda missing: self.fitness([Config.from_genes(one) for one in missing]),
+            cost=self._count,
+            phase=phase,
+        )
 
     def _top(self, candidates: list[Genes], count: int) -> list[Genes]:
         """The best, best first; among equals the earlier one."""
-        return sorted(candidates, key=lambda one: self.scores[one], reverse=True)[:count]
+        return sorted(candidates, key=lambda one: self.scores[one].fitness, reverse=True)[:count]
 
     # drawing
 
@@ -313,7 +308,6 @@ def random_search(
     seed: int = 0,
     state: Path | None = None,
     identity: dict[str, Any] | None = None,
-    progress: Progress | None = None,
 ) -> SearchResult:
     """As many random candidates of the same window: what evolution has to beat.
 
@@ -322,7 +316,7 @@ def random_search(
     """
     only_random = replace(settings, population=evaluations, mutations=0, crossovers=0)
     search = Evolution(space, count, fitness, only_random, seed, state,
-                       {"search": "random", **(identity or {})}, progress)  # fmt: skip
+                       {"search": "random", **(identity or {})})  # fmt: skip
     candidates = search._fill([])
     search._score(candidates, "random")
     best = search._top(candidates, 50)

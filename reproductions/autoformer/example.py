@@ -11,13 +11,14 @@ import random
 import torch
 from matplotlib.figure import Figure
 
-from harness.data import hold_out, load_split
+from harness.data import batches_of, hold_out, load_split
 from harness.environment import home
+from harness.evolution import Workers
 from harness.training import train
 from reproductions.autoformer.counting import params_of
 from reproductions.autoformer.drawing import draw_architecture, draw_slices, draw_trace
 from reproductions.autoformer.evolution import Evolution, Settings, random_search
-from reproductions.autoformer.fitness import InheritedAccuracy, evaluation_batches
+from reproductions.autoformer.fitness import InheritedAccuracy
 from reproductions.autoformer.space import MICRO, Config
 from reproductions.autoformer.supernet import Supernet
 from reproductions.autoformer.training import OneSubnetPerStep
@@ -54,7 +55,7 @@ trained = train(
     name="autoformer_lesson", device="cpu",
 )  # fmt: skip
 _, held = hold_out(load_split("fashion_mini", "train"), HELD_OUT)
-fitness = InheritedAccuracy(supernet, evaluation_batches(held, 32, limit=500))
+fitness = Workers(InheritedAccuracy(supernet, batches_of(held, 32, limit=500)))
 
 # %% [markdown]
 # ## 3. Search: evolution against luck
@@ -72,7 +73,7 @@ settings = Settings(generations=4, population=10, parents=4, mutations=5, crosso
 evolved = Evolution(MICRO, count, fitness, settings).run()
 lucky = random_search(MICRO, count, fitness, settings.evaluations, settings, seed=1)
 for name, result in (("evolution", evolved), ("random search", lucky)):
-    best = result.scores[result.winner.genes]
+    best = result.scores[result.winner.genes].fitness
     print(f"{name}: {best:.2f} % on held-out images after {len(result.scores)} candidates, "
           f"{count(result.winner):,} parameters: {result.winner}")  # fmt: skip
 

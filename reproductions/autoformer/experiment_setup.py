@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from harness import Conditions, ReplivitError, evaluate, get_variant, train
-from harness.data import ImageDataset, hold_out, load_split
+from harness.data import SearchImages
 from harness.record import Record, read_records
 from harness.settings import choose
 from harness.training import Objective, TrainedModel
 from reproductions.autoformer.evolution import PAPER, RELEASED, Settings
-from reproductions.autoformer.fitness import evaluation_batches
 from reproductions.autoformer.sharing import ClassicalSupernet
 from reproductions.autoformer.space import Config, Space, get_space
 from reproductions.autoformer.supernet import Supernet
 from reproductions.autoformer.training import OneSubnetPerStep
 
-Batches = Iterable[tuple[Tensor, Tensor]]
 RECIPES = Path(__file__).parent / "recipes"
 RULES = {"released": RELEASED, "paper": PAPER}
 
@@ -126,38 +122,15 @@ def choose_setting(scale: str, options: dict[str, Any]) -> Setting:
     return setting
 
 
-@functools.lru_cache(maxsize=4)
-def _images(track: str, split: str, root: str | None) -> ImageDataset:
-    """A split; kept, since two experiments in a row look at the same images."""
-    return load_split(track, split, root=root)
-
-
-class Bench:
+class Bench(SearchImages):
     """The images of an experiment, and the trainings on them."""
 
     def __init__(self, setting: Setting) -> None:
+        super().__init__(
+            setting.track, setting.image_size, search_images=setting.search_images,
+            train_images=setting.train_images, test_images=setting.test_images, root=setting.root,
+        )  # fmt: skip
         self.setting = setting
-        self.train_split = _images(setting.track, "train", setting.root)
-        self.test_split = _images(setting.track, "test", setting.root)
-        self.num_classes = len(self.test_split.classes)
-
-    @property
-    def held_out(self) -> int:
-        """How many training images the supernets do not see."""
-        if self.setting.train_images is None:
-            return self.setting.search_images
-        return len(self.train_split) - self.setting.train_images
-
-    def search_batches(self) -> Batches:
-        """Held-out training images: they steer a search, the test split judges it."""
-        _, held = hold_out(self.train_split, self.held_out)
-        return self._batches(held, self.setting.search_images)
-
-    def test_batches(self) -> Batches:
-        return self._batches(self.test_split, self.setting.test_images)
-
-    def _batches(self, dataset: ImageDataset, limit: int | None) -> Batches:
-        return evaluation_batches(dataset, self.setting.image_size, limit=limit)
 
     def entangled(self, seed: int) -> tuple[Supernet, TrainedModel]:
         """The trained supernet of this seed; the run is found again if it was made before."""

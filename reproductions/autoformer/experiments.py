@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from rich.progress import (
 from harness import ExperimentResult, Finding, get_paper
 from harness.checkpoints import file_sha256
 from harness.environment import home
+from harness.evolution import Workers
 from harness.statistics import mcnemar, paired_means
 from reproductions.autoformer.counting import params_of
 from reproductions.autoformer.drawing import BLUE, GREY, ORANGE, draw_architecture, draw_trace
@@ -60,7 +61,7 @@ def evolution(scale: str = "small", **options: Any) -> ExperimentResult:
             rows.append(
                 _row(
                     f"{name}, inherited", seed, result.winner, setting, bench.num_classes,
-                    top1_search=result.scores[result.winner.genes],
+                    top1_search=result.scores[result.winner.genes].fitness,
                     top1_test=100 * float(bits[name][-1].mean()),
                     evaluations=len(result.scores), seconds=seconds,
                 )
@@ -104,13 +105,15 @@ def _search(
     identity = {"weights": weights, "images": setting.search_images, "track": setting.track}
     wanted = 2 * setting.searches * setting.evolution.evaluations
     done: dict[str, list[tuple[SearchResult, float]]] = {"evolution": [], "random": []}
-    started = InheritedAccuracy(supernet, bench.search_batches(), setting.workers)
-    with started as fitness, _progress_bar() as bar:
+    accuracy = InheritedAccuracy(supernet, bench.search_batches())
+    with Workers(accuracy, setting.workers) as workers, _progress_bar() as bar:
         task = bar.add_task("search", total=wanted, best=0.0)
 
-        def progress(number: int, config: Config, value: float) -> None:
-            best = max(value, bar.tasks[task].fields["best"])
-            bar.update(task, advance=1, best=best)
+        def fitness(configs: list[Config]) -> Iterator[float]:
+            for value in workers(configs):
+                best = max(value, bar.tasks[task].fields["best"])
+                bar.update(task, advance=1, best=best)
+                yield value
 
         for seed in range(setting.searches):
             for name, make in (
@@ -119,16 +122,15 @@ def _search(
                     space, count, fitness, setting.evolution.evaluations, **kw)),
             ):  # fmt: skip
                 begun = time.perf_counter()
-                state = folder / f"{name}-{weights[:8]}-{setting.rule}-seed{seed}.jsonl"
-                result = make(settings=setting.evolution, seed=seed, state=state,
-                              identity=identity, progress=progress)  # fmt: skip
+                state = folder / f"{name}-{weights[:12]}-{setting.rule}-seed{seed}.jsonl"
+                result = make(settings=setting.evolution, seed=seed, state=state, identity=identity)
                 bar.update(
                     task,
                     completed=sum(len(one.scores) for runs in done.values() for one, _ in runs)
                     + len(result.scores),
                 )
                 for score in result.scores.entries:
-                    fitness.known[Config.from_genes(score.genes)] = score.fitness
+                    workers.known[Config.from_genes(score.genes)] = score.fitness
                 done[name].append((result, time.perf_counter() - begun))
     return done
 
@@ -180,7 +182,7 @@ def entanglement(scale: str = "small", **options: Any) -> ExperimentResult:
                 rows.append({
                     "sharing": sharing, "seed": seed, "subnet": number,
                     "params": params_of(space, config, bench.num_classes, setting.image_size),
-                    "inherited": judge.accuracy(config), "alone": None, "config": str(config),
+                    "inherited": judge(config), "alone": None, "config": str(config),
                 })  # fmt: skip
     for number, config in enumerate(configs[: setting.retrained]):
         value = bench.alone(config, setting.seeds[0], whole=False).value
@@ -219,7 +221,7 @@ def _published(*words: str) -> list[dict[str, Any]]:
 def _search_finding(searches: dict[str, list[tuple[SearchResult, float]]]) -> Finding:
     claim = "Evolution finds better candidates than random search with as many evaluations"
     best = {
-        name: [result.scores[result.winner.genes] for result, _ in results]
+        name: [result.scores[result.winner.genes].fitness for result, _ in results]
         for name, results in searches.items()
     }
     gains = np.subtract(best["evolution"], best["random"])

@@ -6,17 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from harness import ReplivitError
-from harness.data import (
-    AugmentedDataset,
-    ImageDataset,
-    create_transform,
-    get_track,
-    hold_out,
-    load_split,
-)
+from harness.data import SearchImages
 from harness.settings import choose
 from reproductions.efficientformer_v2.supernet import SearchSpace, Subnet, Supernet
 
@@ -88,20 +80,12 @@ class Images:
     """Held-out training images that steer the search, and the test split that judges."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        train = load_split(settings.track, "train", root=settings.root)
-        _, held = hold_out(train, settings.search_images)
-        test = load_split(settings.track, "test", root=settings.root)
-        self.num_classes = len(test.classes)
-        self.parts = {"search": self._batches(held), "judge": self._batches(test)}
-
-    def _batches(self, data: ImageDataset) -> DataLoader | list:
-        spec = get_track(self.settings.track).input
-        transform = create_transform(spec, self.settings.image_size)
-        images = AugmentedDataset(data, transform, seed=0)
-        if self.settings.image_size > 64:  # too large to keep
-            return DataLoader(images, batch_size=256, num_workers=8)
-        return list(DataLoader(images, batch_size=250))
+        images = SearchImages(
+            settings.track, settings.image_size, search_images=settings.search_images,
+            root=settings.root, workers=8,
+        )  # fmt: skip
+        self.num_classes = images.num_classes
+        self.parts = {"search": images.search_batches(), "judge": images.test_batches()}
 
     @torch.inference_mode()
     def accuracy(self, supernet: Supernet, subnet: Subnet, part: str) -> float:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from harness.data import hold_out, load_split
+from harness.data import batches_of, hold_out, load_split
 from harness.environment import home
 from harness.training import train
 from reproductions.nasvit.conflict import measure_conflict
 from reproductions.nasvit.counting import macs_of
-from reproductions.nasvit.fitness import SubnetAccuracy, batches_of
+from reproductions.nasvit.fitness import SubnetAccuracy
 from reproductions.nasvit.judging import BLUE, GREY, ORANGE
 from reproductions.nasvit.space import MICRO
 from reproductions.nasvit.supernet import Supernet

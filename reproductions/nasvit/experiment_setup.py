@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from harness import Conditions
-from harness.data import ImageDataset, hold_out, load_split
+from harness.data import SearchImages, batches_of
 from harness.settings import choose
 from harness.training import Recipe, TrainedModel, read_recipe, train
 from reproductions.nasvit.conflict import ConflictWatch
-from reproductions.nasvit.fitness import Batches, SubnetAccuracy, batches_of
+from reproductions.nasvit.fitness import SubnetAccuracy
 from reproductions.nasvit.space import get_space
 from reproductions.nasvit.supernet import Supernet
 from reproductions.nasvit.training import ConflictAware
@@ -133,27 +133,15 @@ CNN_NO_PROJECTION = Arm(
 )
 
 
-@functools.lru_cache(maxsize=4)
-def _images(track: str, split: str, root: str | None) -> ImageDataset:
-    """A split; kept, since experiments in a row look at the same images."""
-    return load_split(track, split, root=root)
-
-
-class Bench:
+class Bench(SearchImages):
     """The images of an experiment, and the trainings on them."""
 
     def __init__(self, setting: Setting) -> None:
+        super().__init__(
+            setting.track, setting.image_size, search_images=setting.search_images,
+            train_images=setting.train_images, test_images=setting.test_images, root=setting.root,
+        )  # fmt: skip
         self.setting = setting
-        self.train_split = _images(setting.track, "train", setting.root)
-        self.test_split = _images(setting.track, "test", setting.root)
-        self.num_classes = len(self.test_split.classes)
-
-    @property
-    def held_out(self) -> int:
-        """How many training images no supernet sees."""
-        if self.setting.train_images is None:
-            return self.setting.search_images
-        return max(self.setting.search_images, len(self.train_split) - self.setting.train_images)
 
     def recipe(self, strong: bool = False) -> Recipe:
         """How supernets are trained."""
@@ -180,9 +168,6 @@ class Bench:
         )  # fmt: skip
         return net, trained
 
-    def _training_part(self) -> ImageDataset:
-        return hold_out(self.train_split, self.held_out)[0]
-
     def conflict_batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
         """Batches on which gradients are compared, twice as large as in training."""
         return self.training_batches(count, 2 * self.setting.batch_size)
@@ -190,7 +175,7 @@ class Bench:
     def training_batches(self, count: int, batch_size: int) -> list[tuple[Tensor, Tensor]]:
         """Some batches of the images that supernets train on, augmented as in training."""
         found = batches_of(
-            self._training_part(), self.setting.image_size, recipe=self.recipe(),
+            self.parts[0], self.setting.image_size, recipe=self.recipe(),
             limit=count * batch_size, batch_size=batch_size,
         )  # fmt: skip
         return list(found)
@@ -202,18 +187,11 @@ class Bench:
 
     def judge(self, supernet: Supernet, searching: bool = False) -> SubnetAccuracy:
         """Judges networks by the test split; while `searching`, by held-out training images."""
-        batches = self._search_batches() if searching else self._test_batches()
+        batches = self.search_batches() if searching else self.test_batches()
         calibration = [
             images for images, _ in self.training_batches(self.setting.calibration_batches, 64)
         ]
         return SubnetAccuracy(supernet, calibration, batches)
-
-    def _search_batches(self) -> Batches:
-        _, held = hold_out(self.train_split, self.held_out)
-        return batches_of(held, self.setting.image_size, limit=self.setting.search_images)
-
-    def _test_batches(self) -> Batches:
-        return batches_of(self.test_split, self.setting.image_size, limit=self.setting.test_images)
 
     def conditions(self) -> Conditions:
         setting = self.setting

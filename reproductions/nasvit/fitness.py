@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
 
-from harness.data import AugmentedDataset, ImageDataset, create_transform
-from harness.training import Recipe
+from harness.data import Batches
 from reproductions.nasvit.calibration import calibrate
 from reproductions.nasvit.space import Config
 from reproductions.nasvit.subnet import Subnet
 from reproductions.nasvit.supernet import Supernet
-
-#: Images up to this size are transformed once and kept.
-KEPT_SIZE = 64
-
-Batches = Iterable[tuple[Tensor, Tensor]]
-
-
-def batches_of(
-    dataset: ImageDataset,
-    image_size: int,
-    *,
-    recipe: Recipe | None = None,
-    limit: int | None = None,
-    batch_size: int = 250,
-    workers: int = 0,
-) -> Batches:
-    """A data set's images in batches, which can be gone through as often as one likes.
-
-    Args:
-        recipe: how training images are augmented; None for evaluation.
-        limit: only so many images, spread evenly.
-    """
-    transform = create_transform(
-        dataset.track.input, image_size, train=recipe is not None, recipe=recipe
-    )
-    images: Dataset = AugmentedDataset(dataset, transform, seed=0)
-    if limit is not None and limit < len(dataset):
-        images = Subset(images, np.linspace(0, len(dataset) - 1, limit).astype(int).tolist())
-    loader = DataLoader(images, batch_size, num_workers=workers)
-    return list(loader) if image_size <= KEPT_SIZE else loader
 
 
 class SubnetAccuracy:

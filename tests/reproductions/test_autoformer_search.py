@@ -69,7 +69,7 @@ def test_released_search_is_repeated_draw_by_draw(case):
     assert rng.random() == pytest.approx(expected["next_random"], abs=1e-11)
     for ours, theirs in zip(result.best, expected["top"], strict=False):
         assert ours.genes == tuple(theirs["candidate"])
-        assert result.scores[ours.genes] == pytest.approx(theirs["val"])
+        assert result.scores[ours.genes].fitness == pytest.approx(theirs["val"])
         assert count_t(ours) / 1e6 == pytest.approx(theirs["params_m"])
     for generation, memory in zip(result.generations, expected.get("memory", []), strict=False):
         assert generation.candidates == [tuple(one) for one in memory]
@@ -111,12 +111,12 @@ def test_the_released_search_forgets_its_last_generation():
         return [float(len(late))] * len(configs)
 
     ours = search(fitness=fitness).run()
-    best = ours.scores[ours.winner.genes]
+    best = ours.scores[ours.winner.genes].fitness
     assert best == len(late) == 5
     late.clear()
     faithful = Settings(**{**vars(SMALL), "faithful_to_release": True})
     theirs = search(faithful, fitness).run()
-    assert theirs.scores[theirs.winner.genes] == 4 and len(late) == 5
+    assert theirs.scores[theirs.winner.genes].fitness == 4 and len(late) == 5
 
 
 def test_mutation_follows_its_probabilities():

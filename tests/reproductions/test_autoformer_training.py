@@ -9,6 +9,7 @@ import torch
 
 import harness
 from harness.errors import ReplivitError
+from harness.evolution import Workers
 from harness.training import train
 from reproductions.autoformer.counting import params_of
 from reproductions.autoformer.experiment_setup import choose_setting
@@ -36,25 +37,24 @@ def micro():
 def test_inherited_accuracy_is_the_extracted_networks(micro):
     net, batches = micro
     images, labels = batches[0]
-    fitness, rng = InheritedAccuracy(net, batches), random.Random(0)
+    accuracy, rng = InheritedAccuracy(net, batches), random.Random(0)
     configs = [MICRO.sample(rng) for _ in range(3)]
-    values = list(fitness([*configs, configs[0]]))
+    values = list(Workers(accuracy)([*configs, configs[0]]))
     with torch.no_grad():
         expected = [
             100 * float((net.extract(one)(images).argmax(1) == labels).float().mean())
             for one in configs
         ]
     assert values == pytest.approx([*expected, expected[0]])
-    fitness.known[configs[1]] = 12.5
-    assert list(fitness([configs[1]])) == [12.5], "what is known is not computed again"
 
 
 def test_workers_give_the_same_scores(micro):
     net, batches = micro
     rng = random.Random(0)
     configs = [MICRO.sample(rng) for _ in range(4)]
-    with InheritedAccuracy(net, batches, workers=1) as fitness:
-        assert list(fitness(configs)) == list(InheritedAccuracy(net, batches)(configs))
+    accuracy = InheritedAccuracy(net, batches)
+    with Workers(accuracy, 1) as fitness:
+        assert list(fitness(configs)) == [accuracy(one) for one in configs]
 
 
 # ---- training ------------------------------------------------------------------------------------
