@@ -15,20 +15,17 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-import time
 import types
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import timm
 import torch
+from race import Table, check_names, passes, race_parser, relative_error, run, speedup, take_turns
 from torch import nn
 
 import harness
 from harness.errors import ReplivitError
-from harness.measurement.latency import Timing, time_callables
 from harness.measurement.macs import count_macs
 from harness.measurement.yardstick import seeded_images
 from reproductions.ats.conventions import macs_of_counts, tokens_in_blocks
@@ -84,31 +81,34 @@ def lively(model: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def race(
-    base: str, batch: int, checkout: Path | None, budget_s: float, clock
-) -> tuple[dict[str, Timing], dict[str, float], float | None]:
-    """Timings (ratios to the dense parent), multiply-adds per image, and the relative error of the
-    rebuilt release."""
+def compare(base: str, batch: int, arguments: argparse.Namespace, table: Table) -> None:
+    """The dense parent, all limits and, if asked for, the release and its rebuild take turns."""
     dense = lively(harness.build(base))
     state = dense.state_dict()
     models, images = {"dense": dense}, seeded_images(batch, 224, count=1)[0]
-    macs = {"dense": float(count_macs(dense, 224).total)}
+    whole, macs, errors = float(count_macs(dense, 224).total), {}, {}
     for limit in LIMITS:
         model = harness.load_official(f"ats_{base}", state, tokens=limit)
         counts = tokens_in_blocks(model, model.forward_with_tokens(images)[1])
         macs[f"ATS {limit:.0%}"] = float(macs_of_counts(model, counts).mean())
         models[f"ATS {limit:.0%}"] = model
-    error = None
-    if checkout is not None:
-        theirs = authors_model(checkout, base)
+    if arguments.authors is not None:
+        theirs = authors_model(arguments.authors, base)
         theirs.load_state_dict(state, strict=False)  # their masks of zeros are missing
         ours = harness.load_official(f"ats_{base}", theirs.state_dict(), mode="released")
         models |= {"authors": _Logits(theirs), "released": ours}
-        wanted = models["authors"](images)
-        error = float((ours(images) - wanted).norm() / wanted.norm())
-    calls = {name: (lambda model=model: model(images)) for name, model in models.items()}
-    effort = {"budget_s": budget_s, "warm_up_limit_s": min(15.0, budget_s / 4)}
-    return time_callables(calls, clock=clock, **effort), macs, error
+        errors["released"] = relative_error(ours, models["authors"], images)
+    warm_up = min(15.0, arguments.budget_s / 4)
+    timings = take_turns(passes(models, images), arguments, warm_up_limit_s=warm_up)
+    for name, own in timings.items():
+        good, note, faster = True, "", speedup(own)
+        if name in macs:
+            ratio = whole / macs[name]
+            good = faster.high / ratio >= BAR
+            note = f"MACs {ratio:.2f}x, reached {faster.value / ratio:.0%}"
+        if name == "released":
+            note = f"{timings['authors'].median / own.median:.2f}x as fast as theirs"
+        table.row(base, batch, name, own, error=errors.get(name), good=good, note=note)
 
 
 class _Logits(nn.Module):
@@ -123,53 +123,18 @@ class _Logits(nn.Module):
         return answer[0] if isinstance(answer, tuple) else answer
 
 
-def report(
-    base: str, batch: int, timings: dict[str, Timing], macs: dict[str, float], error: float | None
-) -> bool:
-    """Print a row per form; returns whether the bars are met."""
-    passed = True
-    for name, timing in timings.items():
-        low, high = (1 / bound for bound in reversed(timing.ratio_interval))
-        row = f"{base:8} {batch:5} {name:9} {1e3 * timing.median:9.1f} {1 / timing.ratio:7.2f}x  "
-        row += f"{low:.2f} to {high:.2f}"
-        if name in macs:
-            ratio = macs["dense"] / macs[name]
-            share = 1 / timing.ratio / ratio
-            row += f"  MACs {ratio:.2f}x, reached {share:.0%}"
-            if name != "dense" and high / ratio < BAR:
-                passed, row = False, row + "  BELOW THE BAR"
-        print(f"{row}  {timing.ratio_status}", flush=True)
-    if error is not None:
-        ours = timings["authors"].median / timings["released"].median
-        print(f"  rebuilt release: {ours:.2f}x as fast as theirs, relative error {error:.0e}")
-        passed = passed and error <= 1e-5
-    return passed
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> bool:
+    parser = race_parser(__doc__, budget_s=60.0, batch=[8], authors="")
     parser.add_argument("bases", nargs="*", default=["deit_s"], help=", ".join(WIDTHS))
     parser.add_argument("--authors", type=Path, help="checkout of their repository")
-    parser.add_argument("--batch", type=int, nargs="+", default=[8])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget-s", type=float, default=60.0, help="seconds per race")
-    parser.add_argument("--cpu-time", action="store_true", help="for a machine that is not quiet")
     arguments = parser.parse_args()
+    check_names(arguments.bases, WIDTHS, "base")
+    table = Table()
     for base in arguments.bases:
-        if base not in WIDTHS:
-            parser.error(f"no base {base!r}; there are {', '.join(WIDTHS)}")
-    torch.set_num_threads(arguments.threads)
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    passed = True
-    try:
-        for base in arguments.bases:
-            for batch in arguments.batch:
-                found = race(base, batch, arguments.authors, arguments.budget_s, clock)
-                passed = report(base, batch, *found) and passed
-    except ReplivitError as error:
-        sys.exit(f"error: {error}")
-    return 0 if passed else 1
+        for batch in arguments.batch:
+            compare(base, batch, arguments, table)
+    return table.passed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -17,23 +17,19 @@ from __future__ import annotations
 import argparse
 import collections.abc
 import sys
-import time
 import types
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+from race import Table, check_names, passes, race_parser, relative_error, run, speedup, take_turns
 from torch import nn
 
 import harness
 from harness.errors import ReplivitError
-from harness.measurement.latency import time_callables
 from harness.measurement.yardstick import seeded_images
 from reproductions.autoformer.space import PUBLISHED, SPACES, Config
 
 BAR = 3.0
-RELATIVE_ERROR = 1e-5
 
 
 def authors_supernet(checkout: Path, size: str) -> nn.Module:
@@ -76,16 +72,9 @@ def set_theirs(net: nn.Module, config: Config) -> nn.Module:
     return net
 
 
-@torch.inference_mode()
-def relative_error(model: nn.Module, reference: nn.Module, images: torch.Tensor) -> float:
-    """||model - reference|| / ||reference|| of the outputs."""
-    wanted = reference(images)
-    return float((model(images) - wanted).norm() / wanted.norm())
-
-
-def race(size: str, checkout: Path, batch: int, budget_s: float, clock) -> bool:
-    """Time the four forms and print a row for each of ours; returns whether the bar is met."""
-    theirs = authors_supernet(checkout, size)
+def compare(size: str, batch: int, arguments: argparse.Namespace, table: Table) -> None:
+    """The four forms take turns; a row for each."""
+    theirs = authors_supernet(arguments.authors, size)
     supernet = harness.load_official(f"autoformer_supernet_{size}", theirs.state_dict())
     supernet.set_config(PUBLISHED[size])
     dense = supernet.extract()
@@ -95,49 +84,24 @@ def race(size: str, checkout: Path, batch: int, budget_s: float, clock) -> bool:
         "deployed": harness.deploy(dense, 224),
     }  # fmt: skip
     images = seeded_images(batch, 224, count=1)[0]
-    errors = {name: relative_error(model, theirs, images) for name, model in models.items()}
-    calls = {name: (lambda model=model: model(images)) for name, model in models.items()}
-    with torch.inference_mode():
-        timings = time_callables(calls, budget_s=budget_s, clock=clock)
-    met = True
-    for name in ("supernet", "extracted", "deployed"):
-        own = timings[name]
-        low, high = (1 / bound for bound in reversed(own.ratio_interval))
-        good = errors[name] <= RELATIVE_ERROR
-        if (size, batch) == ("t", 1) and name != "supernet":
-            good = good and 1 / own.ratio >= BAR
-        met = met and good
-        print(
-            f"autoformer_{size}  {batch:5} {name:9} {1e3 * timings['theirs'].median:9.2f} "
-            f"{1e3 * own.median:9.2f} {1 / own.ratio:7.2f}x  {low:.2f} to {high:.2f}  "
-            f"{errors[name]:.0e}  {own.ratio_status:9}  {'ok' if good else 'BELOW THE BAR'}",
-            flush=True,
-        )
-    return met
+    errors = {name: relative_error(models[name], theirs, images) for name in list(models)[1:]}
+    for name, own in take_turns(passes(models, images), arguments).items():
+        barred = (size, batch) == ("t", 1) and name in ("extracted", "deployed")
+        good = not barred or speedup(own).value >= BAR
+        table.row(f"autoformer_{size}", batch, name, own, error=errors.get(name), good=good)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--authors", type=Path, required=True, help="their folder AutoFormer")
-    parser.add_argument("sizes", nargs="*", default=["t", "s"], choices=["t", "s", "b"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget-s", type=float, default=20.0, help="seconds per race")
-    parser.add_argument("--cpu-time", action="store_true", help="for a machine that is not quiet")
+def main() -> bool:
+    parser = race_parser(__doc__, budget_s=20.0, authors="their folder AutoFormer")
+    parser.add_argument("sizes", nargs="*", default=["t", "s"], help="of t, s, b")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    print("variant       batch form       theirs ms   ours ms  speed-up  interval  error")
-    met = [
-        race(size, arguments.authors, batch, arguments.budget_s, clock)
-        for size in arguments.sizes
-        for batch in arguments.batch
-    ]
-    return 0 if all(met) else 1
+    check_names(arguments.sizes, "tsb", "size")
+    table = Table()
+    for size in arguments.sizes:
+        for batch in arguments.batch:
+            compare(size, batch, arguments, table)
+    return table.passed
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ReplivitError as error:
-        sys.exit(f"error: {error}")
+    run(main)

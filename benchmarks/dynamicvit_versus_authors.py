@@ -14,31 +14,28 @@ with fused attention runs beside them in evaluation.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
+import itertools
 import sys
-import time
 import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import timm.layers
 import torch
+from race import Table, check_names, passes, race_parser, relative_error, run, speedup, take_turns
 from torch import Tensor, nn
 
 import harness
 from harness.errors import ReplivitError
-from harness.measurement.latency import Timing, time_callables
 from harness.measurement.yardstick import seeded_images
 from harness.training import cross_entropy, read_recipe
 from harness.training.optim import create_optimizer
 from reproductions.dynamicvit.method import pruning_losses, teacher_answers
 
-BAR, RELATIVE_ERROR = 1.1, 1e-5
+BAR = 1.1
 WIDTHS = {"deit_ti": (192, 12, 3), "deit_256": (256, 12, 4), "deit_s": (384, 12, 6),
           "deit_b": (768, 12, 12), "lvvit_s": (384, 16, 6), "lvvit_m": (512, 20, 8)}  # fmt: skip
 DENSE = {"deit_ti": "deit_ti", "deit_s": "deit_s", "deit_b": "deit_b"}
@@ -122,20 +119,8 @@ def evaluation(base: str, ratio: float, batch: int, checkout: Path) -> tuple[dic
     if base in DENSE:
         models["dense fused"] = harness.build(DENSE[base]).eval()
     images = seeded_images(batch, 224, count=1)[0]
-    with torch.inference_mode():
-        wanted = theirs(images)
-        error = max(
-            float((models[name](images) - wanted).norm() / wanted.norm())
-            for name in ("ours", "deployed")
-        )
-    return {
-        name: (lambda model=model: _infer(model, images)) for name, model in models.items()
-    }, error
-
-
-@torch.inference_mode()
-def _infer(model: nn.Module, images: Tensor) -> Tensor:
-    return model(images)
+    error = max(relative_error(models[name], theirs, images) for name in ("ours", "deployed"))
+    return passes(models, images), error
 
 
 def training_step(base: str, ratio: float, batch: int, checkout: Path) -> tuple[dict, float]:
@@ -169,53 +154,26 @@ def training_step(base: str, ratio: float, batch: int, checkout: Path) -> tuple[
     return calls, abs(values[1] / values[0] - 1)
 
 
-def report(what: str, batch: int, timings: dict[str, Timing], error: float) -> bool:
-    """Print one row for each competitor; returns whether ours meets the bar."""
-    passed = error <= RELATIVE_ERROR
-    for name, own in timings.items():
-        low, high = (1 / bound for bound in reversed(own.ratio_interval))
-        speedup = 1 / own.ratio
-        good = speedup >= BAR or name in ("theirs", "dense fused")
-        passed = passed and good
-        print(
-            f"{what:24} {batch:5} {name:12} {1e3 * own.median:9.1f} {speedup:7.2f}x  "
-            f"{low:.2f} to {high:.2f}  {error:.0e}  {own.ratio_status:9}"
-            f"{'' if good else '  BELOW THE BAR'}",
-            flush=True,
-        )
-    return passed
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--authors", type=Path, required=True, help="checkout of their repository")
+def main() -> bool:
+    parser = race_parser(__doc__, budget_s=60.0)
     parser.add_argument("bases", nargs="*", default=["deit_s", "lvvit_s"], help=", ".join(WIDTHS))
     parser.add_argument("--ratio", type=float, default=0.7)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=("eval", "step"), help="default: both")
-    parser.add_argument("--budget-s", type=float, default=60.0, help="seconds per race")
-    parser.add_argument("--cpu-time", action="store_true", help="for a machine that is not quiet")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    print(f"{'':24} {'batch':>5} {'':12} {'ms':>9} {'faster':>8}  95 %          error  status")
+    check_names(arguments.bases, WIDTHS, "base")
     races = {"eval": evaluation, "step": training_step}
-    passed = True
-    try:
-        for base in arguments.bases:
-            if base not in WIDTHS:
-                raise ReplivitError(f"no base {base!r}; known: {', '.join(WIDTHS)}")
-            for batch in arguments.batch:
-                for what in [arguments.only] if arguments.only else races:
-                    calls, error = races[what](base, arguments.ratio, batch, arguments.authors)
-                    timings = time_callables(calls, budget_s=arguments.budget_s, clock=clock)
-                    label = f"{base} {arguments.ratio:g} {what}"
-                    passed = report(label, batch, timings, error) and passed
-    except ReplivitError as error:
-        sys.exit(f"error: {error}")
-    return 0 if passed else 1
+    table = Table()
+    for base, batch in itertools.product(arguments.bases, arguments.batch):
+        for what in [arguments.only] if arguments.only else races:
+            calls, error = races[what](base, arguments.ratio, batch, arguments.authors)
+            for name, own in take_turns(calls, arguments).items():
+                ours = name in ("ours", "deployed")
+                table.row(
+                    f"{base} {arguments.ratio:g} {what}", batch, name, own,
+                    error=error if ours else None, good=not ours or speedup(own).value >= BAR,
+                )  # fmt: skip
+    return table.passed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -20,24 +20,21 @@ import argparse
 import importlib.util
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+from race import Table, race_parser, run, speedup, take_turns
 from torch import Tensor, nn
 
 from harness.errors import ReplivitError
 from harness.measurement.allocator import map_every_block
-from harness.measurement.latency import time_callables
 from harness.measurement.memory import measure_peak
 from reproductions.manifold_distillation.losses import Weights
 from reproductions.manifold_distillation.method import manifold_terms
 
-RELATIVE_ERROR, NUM_SAMPLES = 1e-5, 192
+NUM_SAMPLES = 192
 #: The bar of memory, and the batch from which it holds: below, the matrices are not the most of it.
 LESS_MEMORY, LARGE_BATCH = 3.0, 256
 STUDENT, TEACHER = (197, 192), (196, 384)
@@ -134,56 +131,41 @@ def peak_of_fresh_process(form: str, batch: int, arguments: argparse.Namespace) 
     return int(done.stdout) / 1e6
 
 
-def race(batch: int, arguments: argparse.Namespace) -> bool:
-    """One batch size: print both, return whether the bars are met."""
+def compare(batch: int, arguments: argparse.Namespace, table: Table) -> None:
+    """One batch size: both take turns, and their memory is measured."""
     student, teacher = features(batch, arguments.pairs)
-    calls = forms(student, teacher, load_theirs(arguments.authors))
-    error = largest_error(calls, student)
-    timings = time_callables(
-        {name: lambda loss=loss: step(loss, student) for name, loss in calls.items()},
-        budget_s=arguments.budget_s, clock=time.process_time if arguments.cpu_time else
-        time.perf_counter,
-    )  # fmt: skip
-    peaks = {name: peak_of_fresh_process(name, batch, arguments) for name in calls}
-    own = timings["ours"]
-    low, high = (1 / bound for bound in reversed(own.ratio_interval))
-    less = peaks["released"] / peaks["ours"]
-    good = error <= RELATIVE_ERROR and own.ratio <= 1
-    good = good and (batch < LARGE_BATCH or less >= LESS_MEMORY)
-    for name in calls:
-        print(f"batch {batch:4} {name:9} {1e3 * timings[name].median:9.1f} ms  "
-              f"{peaks[name]:8.1f} MB")  # fmt: skip
-    print(
-        f"batch {batch:4} ours: {1 / own.ratio:.2f}x as fast ({low:.2f} to {high:.2f}, "
-        f"{own.ratio_status}), {less:.1f}x less memory, error {error:.0e}"
-        f"{'' if good else '  BELOW THE BAR'}",
-        flush=True,
+    losses = forms(student, teacher, load_theirs(arguments.authors))
+    error = largest_error(losses, student)
+    timings = take_turns(
+        {name: lambda loss=loss: step(loss, student) for name, loss in losses.items()}, arguments
     )
-    return good
+    peaks = {name: peak_of_fresh_process(name, batch, arguments) for name in losses}
+    less = peaks["released"] / peaks["ours"]
+    for name, own in timings.items():
+        ours, note = name == "ours", f"{peaks[name]:8.1f} MB"
+        enough = batch < LARGE_BATCH or less >= LESS_MEMORY
+        table.row(
+            f"{arguments.pairs} pair(s) of layers", batch, name, own, error=error if ours else None,
+            good=not ours or (speedup(own).value >= 1 and enough),
+            note=f"{note}, {less:.1f}x less" if ours else note,
+        )  # fmt: skip
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--authors", type=Path, required=True, help="checkout of their repository")
-    parser.add_argument("--batch", type=int, nargs="+", default=[8, 64, 256])
+def main() -> bool:
+    parser = race_parser(__doc__, budget_s=30.0, batch=(8, 64, 256))
     parser.add_argument("--pairs", type=int, default=1, help="of layers; the released run has 8")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--budget-s", type=float, default=30.0, help="seconds per race")
-    parser.add_argument("--cpu-time", action="store_true", help="for a machine that is not quiet")
     parser.add_argument("--peak-of", choices=("released", "ours"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    try:
-        if arguments.peak_of:
-            print(peak_bytes(
-                arguments.peak_of, arguments.batch[0], arguments.pairs, arguments.authors
-            ))  # fmt: skip
-            return 0
-        results = [race(batch, arguments) for batch in arguments.batch]
-    except ReplivitError as error:
-        sys.exit(f"error: {error}")
-    return 0 if all(results) else 1
+    if arguments.peak_of:
+        (batch,) = arguments.batch
+        print(peak_bytes(arguments.peak_of, batch, arguments.pairs, arguments.authors))
+        return True
+    table = Table()
+    for batch in arguments.batch:
+        compare(batch, arguments, table)
+    return table.passed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -15,25 +15,22 @@ sides.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import io
+import itertools
 import sys
-import time
 import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+from race import Table, check_names, passes, race_parser, relative_error, run, speedup, take_turns
 from torch import Tensor, nn
 
 import harness
 from harness.errors import ReplivitError
-from harness.measurement.latency import Timing, time_callables
 from harness.measurement.yardstick import seeded_images
 from harness.training import cross_entropy
 from reproductions.nasvit.gradients import combine, take_gradients
@@ -42,7 +39,6 @@ from reproductions.nasvit.named import named_configs
 from reproductions.nasvit.space import Config
 
 BARS = {"eval": 1.3, "step": 1.0}
-RELATIVE_ERROR = 1e-5
 #: What a step trains beside the largest network.
 BESIDE = ("min", "f421", "f757")
 Call = Callable[[], object]
@@ -100,20 +96,9 @@ def evaluation(name: str, batch: int, checkout: Path) -> tuple[dict[str, Call], 
     models["dense"] = net.extract(config).eval()
     models["deployed"] = harness.deploy(models["dense"], 224)
     images = seeded_images(batch, config.resolution, count=1)[0]
-    with torch.inference_mode():
-        wanted = models["theirs"](images).view(batch, -1)
-        error = max(
-            float((models[one](images) - wanted).norm() / wanted.norm())
-            for one in ("dense", "deployed")
-        )
-    return {
-        one: (lambda model=model: _infer(model, images)) for one, model in models.items()
-    }, error
-
-
-@torch.inference_mode()
-def _infer(model: nn.Module, images: Tensor) -> Tensor:
-    return model(images)
+    theirs = models["theirs"]
+    error = max(relative_error(models[one], theirs, images) for one in ("dense", "deployed"))
+    return passes(models, images), error
 
 
 def training_step(name: str, batch: int, checkout: Path) -> tuple[dict[str, Call], float]:
@@ -169,56 +154,30 @@ def training_step(name: str, batch: int, checkout: Path) -> tuple[dict[str, Call
     return {"theirs": step_theirs, "ours": step_ours}, abs(found / wanted - 1)
 
 
-def report(what: str, label: str, batch: int, timings: dict[str, Timing], error: float) -> bool:
-    """Print one row for each competitor; returns whether ours meets the bar."""
-    passed = error <= RELATIVE_ERROR
-    for name, own in timings.items():
-        low, high = (1 / bound for bound in reversed(own.ratio_interval))
-        speedup = 1 / own.ratio
-        good = speedup >= BARS[what] or name == "theirs"
-        passed = passed and good
-        print(
-            f"{label:12} {batch:5} {name:10} {1e3 * own.median:9.1f} {speedup:7.2f}x  "
-            f"{low:.2f} to {high:.2f}  {error:.0e}  {own.ratio_status:9}"
-            f"{'' if good else '  BELOW THE BAR'}",
-            flush=True,
-        )
-    return passed
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--authors", type=Path, required=True, help="checkout of their repository")
+def main() -> bool:
+    parser = race_parser(__doc__, budget_s=60.0)
     parser.add_argument("networks", nargs="*", default=["min", "f421"],
                         help=", ".join(named_configs()))  # fmt: skip
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=("eval", "step"), help="default: both")
-    parser.add_argument("--budget-s", type=float, default=60.0, help="seconds per race")
-    parser.add_argument("--cpu-time", action="store_true", help="for a machine that is not quiet")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    print(f"{'':12} {'batch':>5} {'':10} {'ms':>9} {'faster':>8}  95 %          error  status")
-    passed = True
-    try:
-        races = []
-        if arguments.only != "step":
-            for name in arguments.networks:
-                if name not in named_configs():
-                    raise ReplivitError(f"no network {name!r}; known: {', '.join(named_configs())}")
-                races += [("eval", evaluation, name, batch) for batch in arguments.batch]
-        if arguments.only != "eval":
-            sizes = [max(2, batch) for batch in arguments.batch[-1:]]  # batch norms need two
-            races += [("step", training_step, "step", batch) for batch in sizes]
-        for what, race, name, batch in races:
-            calls, error = race(name, batch, arguments.authors)
-            timings = time_callables(calls, budget_s=arguments.budget_s, clock=clock)
-            passed = report(what, name, batch, timings, error) and passed
-    except ReplivitError as error:
-        sys.exit(f"error: {error}")
-    return 0 if passed else 1
+    check_names(arguments.networks, named_configs(), "network")
+    races = []
+    if arguments.only != "step":
+        pairs = itertools.product(arguments.networks, arguments.batch)
+        races += [("eval", evaluation, name, batch) for name, batch in pairs]
+    if arguments.only != "eval":  # batch norms need two
+        races.append(("step", training_step, "step", max(2, arguments.batch[-1])))
+    table = Table()
+    for what, race, network, batch in races:
+        calls, error = race(network, batch, arguments.authors)
+        for name, own in take_turns(calls, arguments).items():
+            ours = name != "theirs"
+            table.row(
+                network, batch, name, own, error=error if ours else None,
+                good=not ours or speedup(own).value >= BARS[what],
+            )  # fmt: skip
+    return table.passed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -12,15 +12,12 @@ theirs, ours, ours deployed; behind them the dense parent of ours, for the gain 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+from race import Table, check_names, race_parser, relative_error, run
 from torch import nn
 
 import harness
@@ -31,7 +28,6 @@ from harness.measurement.yardstick import seeded_images
 FILE = "vit_pytorch/vit_with_patch_merger.py"
 #: Our variant -> width and heads of theirs.
 SIZES = {"patchmerger_vit_ti": (192, 3), "patchmerger_vit_s": (384, 6)}
-RELATIVE_ERROR = 1e-5
 
 
 def load_theirs(checkout: Path) -> ModuleType:
@@ -65,51 +61,28 @@ def build(variant: str, theirs: ModuleType) -> dict[str, nn.Module]:
     return {"theirs": original, "ours": ours, "deployed": harness.deploy(ours), "dense": dense}
 
 
-@torch.inference_mode()
-def relative_error(model: nn.Module, reference: nn.Module, images: torch.Tensor) -> float:
-    """||model - reference|| / ||reference|| of the outputs."""
-    wanted = reference(images)
-    return float((model(images) - wanted).norm() / wanted.norm())
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> bool:
+    parser = race_parser(__doc__, budget_s=20.0, authors="", cpu_time=False)
     parser.add_argument("--vit-pytorch", type=Path, required=True, help="their checkout")
     parser.add_argument("variants", nargs="*", default=list(SIZES))
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, default=1, help="one is timed by its CPU time")
-    parser.add_argument("--budget-s", type=float, default=20.0, help="seconds per race")
     arguments = parser.parse_args()
-    passed = True
-    try:
-        theirs = load_theirs(arguments.vit_pytorch)
-        for variant in arguments.variants:
-            if variant not in SIZES:
-                raise ReplivitError(f"no race known for {variant}; known: {', '.join(SIZES)}")
-            models = build(variant, theirs)
-            for batch in arguments.batch:
-                images = seeded_images(batch, 224, count=1)
-                timings = time_models(
-                    models, images, threads=arguments.threads, budget_s=arguments.budget_s
-                )
-                for name in ("ours", "deployed", "dense"):
-                    own = timings[name]
+    check_names(arguments.variants, SIZES, "variant of theirs")
+    theirs = load_theirs(arguments.vit_pytorch)
+    table = Table()
+    for variant in arguments.variants:
+        models = build(variant, theirs)
+        for batch in arguments.batch:
+            images = seeded_images(batch, 224, count=1)
+            timings = time_models(
+                models, images, threads=arguments.threads, budget_s=arguments.budget_s
+            )
+            for name, own in timings.items():
+                error = None
+                if name in ("ours", "deployed"):
                     error = relative_error(models[name], models["theirs"], images[0])
-                    good = name == "dense" or error <= RELATIVE_ERROR
-                    passed = passed and good
-                    low, high = (1 / bound for bound in reversed(own.ratio_interval))
-                    print(
-                        f"{variant:20} batch {batch:3} {name:9} {1e3 * own.median:8.2f} ms  "
-                        f"{1 / own.ratio:5.2f}x theirs ({low:.2f} to {high:.2f}, "
-                        f"{own.ratio_status})"
-                        + ("" if name == "dense" else f"  error {error:.0e}")
-                        + ("" if good else "  NOT THE SAME FUNCTION"),
-                        flush=True,
-                    )
-    except ReplivitError as error:
-        sys.exit(f"error: {error}")
-    return 0 if passed else 1
+                table.row(variant, batch, name, own, error=error)
+    return table.passed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

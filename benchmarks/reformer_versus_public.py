@@ -21,11 +21,9 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import time
-
+import numpy as np
 import torch
+from race import RELATIVE_ERROR, one_turn, run
 from torch import Tensor, nn
 
 from harness.errors import ReplivitError
@@ -33,7 +31,7 @@ from harness.statistics import paired_ratio
 from reproductions.reformer.attention import LSHAttention
 from reproductions.reformer.peaks import peak_bytes
 
-FASTER, RELATIVE_ERROR = 1.5, 1e-5
+FASTER = 1.5
 #: (batch, length, width, heads, rounds, chunk, causal)
 CASES = [
     (8, 1024, 256, 4, 1, 64, False),
@@ -171,20 +169,7 @@ def relative_error(theirs: Callable, ours: Callable, x: Tensor) -> float:
     return float((ours(x) - wanted).norm() / wanted.norm())
 
 
-def race(works: tuple[Callable, Callable], rounds: int) -> tuple[list[float], list[float]]:
-    """CPU seconds of both, in turns; the order turns round."""
-    found: tuple[list[float], list[float]] = ([], [])
-    for work in works:
-        work()
-    for index in range(rounds):
-        for side in (0, 1) if index % 2 == 0 else (1, 0):
-            start = time.process_time()
-            works[side]()
-            found[side].append(time.process_time() - start)
-    return found
-
-
-def main() -> int:
+def main() -> bool:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lucidrains", help="a checkout of lucidrains/reformer-pytorch")
     parser.add_argument("--transformers", action="store_true", help="race Hugging Face's, too")
@@ -198,40 +183,40 @@ def main() -> int:
     torch.set_num_threads(1)
     passed = True
     cases = CASES if arguments.cases is None else [CASES[index] for index in arguments.cases]
-    try:
-        for peer, case in itertools.product(peers, cases):
-            theirs, ours = PAIRS[peer](arguments.lucidrains, case)
-            x = torch.randn(*case[:3])
-            error = relative_error(theirs, ours, x)
-            for training in (False, True):
-                x = x.detach().requires_grad_(training)
-                works = (work_of(theirs, x, training), work_of(ours, x, training))
-                seconds = race(works, arguments.rounds)
-                ratio = paired_ratio(*seconds)
-                line, good = "", ratio.value >= FASTER and error <= RELATIVE_ERROR
-                if not arguments.no_memory:
-                    jobs = [
-                        {"peer": peer, "checkout": arguments.lucidrains, "case": case,
-                         "mine": mine, "training": training}
-                        for mine in (False, True)
-                    ]  # fmt: skip
-                    peaks = peak_bytes(prepare, jobs)
-                    good = good and peaks[1] <= peaks[0]
-                    line = f"  {peaks[1] / 1e6:6.0f} MB, theirs {peaks[0] / 1e6:6.0f} MB"
-                passed = passed and good
-                low, high = ratio.interval
-                batch, length, _, _, rounds, _, causal = case
-                print(
-                    f"{peer:12} {batch}x{length} {rounds} rounds {'causal ' if causal else ''}"
-                    f"{'step' if training else 'forward':8} {1e3 * min(seconds[1]):8.1f} ms  "
-                    f"{ratio.value:5.2f}x ({low:.2f} to {high:.2f}){line}  error {error:.0e}"
-                    + ("" if good else "  FAILED"),
-                    flush=True,
-                )
-    except ReplivitError as error:
-        sys.exit(f"error: {error}")
-    return 0 if passed else 1
+    for peer, case in itertools.product(peers, cases):
+        theirs, ours = PAIRS[peer](arguments.lucidrains, case)
+        x = torch.randn(*case[:3])
+        error = relative_error(theirs, ours, x)
+        for training in (False, True):
+            x = x.detach().requires_grad_(training)
+            works = (work_of(theirs, x, training), work_of(ours, x, training))
+            for work in works:
+                work()
+            rounds = [one_turn(works, number)[0] for number in range(arguments.rounds)]
+            seconds = np.array(rounds).T
+            ratio = paired_ratio(*seconds)
+            line, good = "", ratio.value >= FASTER and error <= RELATIVE_ERROR
+            if not arguments.no_memory:
+                jobs = [
+                    {"peer": peer, "checkout": arguments.lucidrains, "case": case,
+                     "mine": mine, "training": training}
+                    for mine in (False, True)
+                ]  # fmt: skip
+                peaks = peak_bytes(prepare, jobs)
+                good = good and peaks[1] <= peaks[0]
+                line = f"  {peaks[1] / 1e6:6.0f} MB, theirs {peaks[0] / 1e6:6.0f} MB"
+            passed = passed and good
+            low, high = ratio.interval
+            batch, length, _, _, rounds, _, causal = case
+            print(
+                f"{peer:12} {batch}x{length} {rounds} rounds {'causal ' if causal else ''}"
+                f"{'step' if training else 'forward':8} {1e3 * seconds[1].min():8.1f} ms  "
+                f"{ratio.value:5.2f}x ({low:.2f} to {high:.2f}){line}  error {error:.0e}"
+                + ("" if good else "  FAILED"),
+                flush=True,
+            )
+    return passed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

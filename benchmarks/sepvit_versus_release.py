@@ -13,7 +13,6 @@ batch 1.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -21,15 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import timm.layers
 import torch
+from race import Table, check_names, race_parser, relative_error, run, speedup
 from torch import nn
 
 import harness
 from harness.errors import ReplivitError
-from harness.measurement.latency import Timing
 from harness.measurement.side_by_side import time_models
 from harness.measurement.yardstick import seeded_images
 
@@ -40,7 +37,6 @@ FACTORIES = {
 }
 #: Batch -> least speed-up; other batches are printed without a bar.
 BARS = {1: 1.0, 8: 1.15}
-RELATIVE_ERROR = 1e-5
 
 
 class _OldBlock(nn.Module):
@@ -108,58 +104,29 @@ def build(variant: str, theirs: ModuleType) -> dict[str, nn.Module]:
     return {"theirs": original, "ours": ours, "deployed": harness.deploy(ours)}
 
 
-@torch.inference_mode()
-def relative_error(model: nn.Module, reference: nn.Module, images: torch.Tensor) -> float:
-    """||model - reference|| / ||reference|| of the outputs."""
-    wanted = reference(images)
-    return float((model(images) - wanted).norm() / wanted.norm())
-
-
-def report(variant: str, batch: int, name: str, timing: Timing, error: float) -> bool:
-    """Print one row; returns whether form, speed and equality are as they should be."""
-    low, high = (1 / bound for bound in reversed(timing.ratio_interval))
-    speedup, bar = 1 / timing.ratio, BARS.get(batch, 0.0)
-    # at batch 1 "not slower" is meant: the interval may not lie below one
-    good = (high if bar == 1.0 else speedup) >= bar and error <= RELATIVE_ERROR
-    print(
-        f"{variant:13} batch {batch:3} {name:9} {1e3 * timing.median:8.2f} ms  "
-        f"{speedup:5.2f}x theirs ({low:.2f} to {high:.2f}, {timing.ratio_status})  "
-        f"error {error:.0e}  {'ok' if good else 'BELOW THE BAR'}",
-        flush=True,
-    )
-    return good
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--authors", type=Path, required=True, help="their checkout")
+def main() -> bool:
+    parser = race_parser(__doc__, budget_s=40.0, cpu_time=False)
     parser.add_argument("variants", nargs="*", default=["sepvit_lite", "sepvit_tiny"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, default=1, help="one is timed by its CPU time")
-    parser.add_argument("--budget-s", type=float, default=40.0, help="seconds per race")
     arguments = parser.parse_args()
-    passed = True
-    try:
-        theirs = load_theirs(arguments.authors)
-        for variant in arguments.variants:
-            if variant not in FACTORIES:
-                raise ReplivitError(f"no race known for {variant}; known: {', '.join(FACTORIES)}")
-            models = build(variant, theirs)
-            for batch in arguments.batch:
-                images = seeded_images(batch, 224, count=1)
-                errors = {name: relative_error(models[name], models["theirs"], images[0])
-                          for name in ("ours", "deployed")}  # fmt: skip
-                timings = time_models(
-                    models, images, threads=arguments.threads, budget_s=arguments.budget_s
-                )
-                print(f"{variant:13} batch {batch:3} theirs    "
-                      f"{1e3 * timings['theirs'].median:8.2f} ms")  # fmt: skip
-                for name, error in errors.items():
-                    passed = report(variant, batch, name, timings[name], error) and passed
-    except ReplivitError as error:
-        sys.exit(f"error: {error}")
-    return 0 if passed else 1
+    check_names(arguments.variants, FACTORIES, "variant of the release")
+    theirs = load_theirs(arguments.authors)
+    table = Table()
+    for variant in arguments.variants:
+        models = build(variant, theirs)
+        for batch in arguments.batch:
+            images = seeded_images(batch, 224, count=1)
+            errors = {name: relative_error(models[name], models["theirs"], images[0])
+                      for name in ("ours", "deployed")}  # fmt: skip
+            timings = time_models(
+                models, images, threads=arguments.threads, budget_s=arguments.budget_s
+            )
+            for name, own in timings.items():
+                bar, faster = BARS.get(batch, 0.0), speedup(own)
+                # at batch 1 "not slower" is meant: the interval may not lie below one
+                good = name == "theirs" or (faster.high if bar == 1 else faster.value) >= bar
+                table.row(variant, batch, name, own, error=errors.get(name), good=good)
+    return table.passed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

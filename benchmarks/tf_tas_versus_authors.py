@@ -21,12 +21,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from race import one_turn, run
 from torch import nn
 
 from harness.errors import ReplivitError
@@ -114,15 +114,12 @@ def race(
     once = warm_up(scorer, space)
     seconds, scores = np.zeros((candidates, 2)), np.zeros((candidates, 2))
     for row, config in enumerate(configs):
-        order = (0, 1) if row % 2 else (1, 0)
-        for column in order:
-            tick = time.process_time()
-            scores[row, column] = (their_score, our_score)[column](config)
-            seconds[row, column] = time.process_time() - tick
+        works = [partial(their_score, config), partial(our_score, config)]
+        seconds[row], scores[row] = one_turn(works, row)
     return seconds, scores, once
 
 
-def main() -> int:
+def main() -> bool:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--authors", type=Path, required=True, help="checkout of their repository")
     parser.add_argument("--space", default="t", choices=("t", "s", "b"))
@@ -131,12 +128,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    try:
-        seconds, scores, once = race(
-            get_space(arguments.space), arguments.authors, arguments.candidates, arguments.seed
-        )
-    except ReplivitError as error:
-        sys.exit(f"error: {error}")
+    seconds, scores, once = race(
+        get_space(arguments.space), arguments.authors, arguments.candidates, arguments.seed
+    )
     error = float(np.max(np.abs(scores[:, 1] / scores[:, 0] - 1)))
     ratio = paired_ratio(seconds[:, 0], seconds[:, 1])
     theirs, ours = np.median(seconds, axis=0)
@@ -146,8 +140,8 @@ def main() -> int:
           f"{ratio.interval[0]:.1f} to {ratio.interval[1]:.1f}); once per search, for the norms of "
           f"all slices, {once:.1f}; largest relative difference of scores "
           f"{error:.1e}; {'ok' if good else 'BELOW THE BAR'}")  # fmt: skip
-    return 0 if good else 1
+    return good
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

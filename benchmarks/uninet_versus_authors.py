@@ -13,7 +13,6 @@ backward) of theirs and ours take turns; ours shall be no slower.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -21,9 +20,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+from race import Table, check_names, race_parser, relative_error, run, speedup
 from torch import Tensor, nn
 
 import harness
@@ -32,7 +30,6 @@ from harness.measurement.side_by_side import time_models
 from harness.measurement.yardstick import seeded_images
 from reproductions.uninet.model import ARCHITECTURES
 
-RELATIVE_ERROR = 1e-5
 BAR, TRAINING_BAR = 1.3, 1.0
 SIZES = [name for name in ARCHITECTURES if name != "micro"]
 
@@ -74,13 +71,6 @@ def build(size: str, theirs: ModuleType) -> dict[str, nn.Module]:
     return {"theirs": original, "ours": ours, "deployed": harness.deploy(ours)}
 
 
-@torch.inference_mode()
-def relative_error(model: nn.Module, reference: nn.Module, images: Tensor) -> float:
-    """||model - reference|| / ||reference|| of the outputs."""
-    wanted = reference(images)
-    return float((model(images) - wanted).norm() / wanted.norm())
-
-
 class TrainingStep(nn.Module):
     """Forward, loss and backward of one batch, as something to call."""
 
@@ -95,54 +85,36 @@ class TrainingStep(nn.Module):
             nn.functional.cross_entropy(self.model(images.clone()), labels).backward()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> bool:
+    parser = race_parser(__doc__, budget_s=20.0, authors="", cpu_time=False)
     parser.add_argument("--uninet", type=Path, required=True, help="the authors' checkout")
     parser.add_argument("sizes", nargs="*", default=["b0", "b1"], help=f"of {', '.join(SIZES)}")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, default=1, help="one is timed by its CPU time")
-    parser.add_argument("--budget-s", type=float, default=20.0, help="seconds per race")
     parser.add_argument("--training", action="store_true", help="training steps instead")
     arguments = parser.parse_args()
-    passed = True
-    try:
-        theirs = load_theirs(arguments.uninet.resolve())
-        for size in arguments.sizes:
-            if size not in SIZES:
-                raise ReplivitError(f"no size {size!r}; there are {', '.join(SIZES)}")
-            models = build(size, theirs)
-            side = models["ours"].image_size[0]
-            probe = seeded_images(2, side, count=1)[0]
-            errors = {name: relative_error(one, models["theirs"], probe)
-                      for name, one in models.items()}  # fmt: skip
-            bar = TRAINING_BAR if arguments.training else BAR
-            if arguments.training:
-                del models["deployed"]
-                models = {name: TrainingStep(one) for name, one in models.items()}
-            for batch in arguments.batch:
-                images = seeded_images(batch, side, count=1)
-                timings = time_models(
-                    models, images, threads=arguments.threads, budget_s=arguments.budget_s
-                )
-                for name, own in timings.items():
-                    if name == "theirs":
-                        continue
-                    low, high = (1 / bound for bound in reversed(own.ratio_interval))
-                    same = errors[name] <= RELATIVE_ERROR
-                    passed = passed and same and 1 / own.ratio >= bar
-                    print(
-                        f"{size} {'training' if arguments.training else 'inference':9} "
-                        f"batch {batch:3} {name:9} {1e3 * own.median:8.2f} ms  "
-                        f"{1 / own.ratio:5.2f}x theirs ({low:.2f} to {high:.2f}, "
-                        f"{own.ratio_status}; bar {bar:g})  error {errors[name]:.0e}"
-                        + ("" if same else "  NOT THE SAME FUNCTION")
-                        + ("" if 1 / own.ratio >= bar else "  BELOW THE BAR"),
-                        flush=True,
-                    )
-    except ReplivitError as error:
-        sys.exit(f"error: {error}")
-    return 0 if passed else 1
+    check_names(arguments.sizes, SIZES, "size")
+    theirs = load_theirs(arguments.uninet.resolve())
+    bar = TRAINING_BAR if arguments.training else BAR
+    what = "training" if arguments.training else "inference"
+    table = Table()
+    for size in arguments.sizes:
+        models = build(size, theirs)
+        side = models["ours"].image_size[0]
+        probe = seeded_images(2, side, count=1)[0]
+        errors = {name: relative_error(models[name], models["theirs"], probe)
+                  for name in ("ours", "deployed")}  # fmt: skip
+        if arguments.training:
+            del models["deployed"]
+            models = {name: TrainingStep(one) for name, one in models.items()}
+        for batch in arguments.batch:
+            timings = time_models(
+                models, seeded_images(batch, side, count=1), threads=arguments.threads,
+                budget_s=arguments.budget_s,
+            )  # fmt: skip
+            for name, own in timings.items():
+                good = name == "theirs" or speedup(own).value >= bar
+                table.row(f"{size} {what}", batch, name, own, error=errors.get(name), good=good)
+    return table.passed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

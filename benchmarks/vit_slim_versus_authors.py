@@ -18,23 +18,22 @@ for the same function. Three questions:
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import sys
-import time
 import types
 import warnings
+from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import timm.layers
 import timm.models
 import torch
+from race import Table, check_names, passes, race_parser, relative_error, run, speedup, take_turns
 from torch import Tensor, nn
 
 import harness
 from harness.errors import ReplivitError
-from harness.measurement.latency import Timing, time_callables
+from harness.measurement.latency import Timing
 from harness.measurement.macs import count_macs
 from harness.measurement.yardstick import seeded_images
 from harness.training import cross_entropy, read_recipe
@@ -42,7 +41,6 @@ from harness.training.optim import create_optimizer
 from reproductions.vit_slim.method import SparsitySearch
 from reproductions.vit_slim.slimming import slim
 
-RELATIVE_ERROR = 1e-5
 #: Least share of the multiply-adds' ratio that the slimmed network gains over its dense parent.
 SHARE = 0.85
 FACTORIES = {
@@ -97,16 +95,7 @@ def build_pair(variant: str, checkout: Path) -> tuple[nn.Module, nn.Module, type
     return theirs, harness.load_official(variant, theirs.state_dict()), losses
 
 
-@torch.inference_mode()
-def infer(model: nn.Module, images: Tensor) -> Tensor:
-    return model(images)
-
-
-def relative(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
-
-
-def race_slim(variant: str, budgets: tuple[float, ...], batch: int, checkout: Path) -> tuple:
+def race_slim(budgets: tuple[float, ...], variant: str, batch: int, checkout: Path) -> tuple:
     """Calls, our error against their masked form, and the ratio of multiply-adds."""
     theirs, ours, _ = build_pair(variant, checkout)
     theirs.compress(*budgets)
@@ -115,23 +104,17 @@ def race_slim(variant: str, budgets: tuple[float, ...], batch: int, checkout: Pa
     models = {"dense": dense, "theirs masked": theirs, "ours": small,
               "ours deployed": harness.deploy(small)}  # fmt: skip
     images = seeded_images(batch, 224, count=1)[0]
-    expected = infer(theirs, images)
-    error = max(relative(infer(models[one], images), expected) for one in list(models)[2:])
+    error = max(relative_error(models[one], theirs, images) for one in list(models)[2:])
     ratio = count_macs(dense, 224).total / count_macs(small, 224).total
-    return {
-        name: (lambda one=one: infer(one, images)) for name, one in models.items()
-    }, error, ratio  # fmt: skip
+    return passes(models, images), error, ratio
 
 
 def race_search(variant: str, batch: int, checkout: Path) -> tuple:
     theirs, ours, _ = build_pair(variant, checkout)
     images = seeded_images(batch, 224, count=1)[0]
     models = {"theirs": theirs, "ours": ours, "ours deployed": harness.deploy(ours)}
-    expected = infer(theirs, images)
-    error = max(relative(infer(models[one], images), expected) for one in list(models)[1:])
-    return {
-        name: (lambda one=one: infer(one, images)) for name, one in models.items()
-    }, error, None  # fmt: skip
+    error = max(relative_error(models[one], theirs, images) for one in list(models)[1:])
+    return passes(models, images), error, None
 
 
 def race_step(variant: str, batch: int, checkout: Path) -> tuple:
@@ -171,59 +154,36 @@ def race_step(variant: str, batch: int, checkout: Path) -> tuple:
 
 
 def report(
-    what: str, batch: int, timings: dict[str, Timing], error: float, ratio: float | None
-) -> bool:
-    """Print one row for each competitor; returns whether the bar is met."""
-    passed = error <= RELATIVE_ERROR
+    table: Table, what: str, batch: int, timings: dict[str, Timing], error: float,
+    ratio: float | None,
+) -> None:  # fmt: skip
+    """A row for each competitor; the bar is set at batch 8."""
     for name, own in timings.items():
-        low, high = (1 / bound for bound in reversed(own.ratio_interval))
-        gain, said = 1 / own.ratio, ""
-        if ratio is not None and name.startswith("ours"):
-            said = f"  {gain / ratio:.0%} of the MACs ratio {ratio:.2f}"
-            if gain < SHARE * ratio:
-                said += "  BELOW THE BAR"
-                passed = passed and batch != 8
-        print(
-            f"{what:32} {batch:5} {name:14} {1e3 * own.median:9.1f} {gain:6.2f}x  "
-            f"{low:.2f} to {high:.2f}  {error:.0e}  {own.ratio_status:9}{said}",
-            flush=True,
-        )
-    return passed
+        ours, gain, good, note = name.startswith("ours"), speedup(own).value, True, ""
+        if ours and ratio is not None:
+            note = f"{gain / ratio:.0%} of the MACs ratio {ratio:.2f}"
+            good = batch != 8 or gain >= SHARE * ratio
+        table.row(what, batch, name, own, error=error if ours else None, good=good, note=note)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--authors", type=Path, required=True, help="checkout of their repository")
+def main() -> bool:
+    parser = race_parser(__doc__, budget_s=60.0)
     parser.add_argument("variants", nargs="*", default=["vit_slim_deit_s"])
     parser.add_argument("--budgets", type=float, nargs=3, default=[0.6, 0.6, 1.0],
                         metavar=("ATTENTION", "MLP", "TOKENS"))  # fmt: skip
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=("slim", "search", "step"), help="default: all")
-    parser.add_argument("--budget-s", type=float, default=60.0, help="seconds per race")
-    parser.add_argument("--cpu-time", action="store_true", help="for a machine that is not quiet")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    clock = time.process_time if arguments.cpu_time else time.perf_counter
-    print(f"{'':32} {'batch':>5} {'':14} {'ms':>9} {'faster':>7}  95 %          error  status")
-    passed = True
-    try:
-        for variant in arguments.variants:
-            if variant not in FACTORIES:
-                raise ReplivitError(f"no race for {variant!r}; known: {', '.join(FACTORIES)}")
-            for batch in arguments.batch:
-                for what in [arguments.only] if arguments.only else ("slim", "search", "step"):
-                    if what == "slim":
-                        race = race_slim(variant, arguments.budgets, batch, arguments.authors)
-                    else:
-                        chosen = race_search if what == "search" else race_step
-                        race = chosen(variant, batch, arguments.authors)
-                    timings = time_callables(race[0], budget_s=arguments.budget_s, clock=clock)
-                    passed = report(f"{variant} {what}", batch, timings, *race[1:]) and passed
-    except (ReplivitError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    return 0 if passed else 1
+    check_names(arguments.variants, FACTORIES, "variant of the authors")
+    races = {"slim": partial(race_slim, arguments.budgets), "search": race_search,
+             "step": race_step}  # fmt: skip
+    table = Table()
+    for variant, batch in itertools.product(arguments.variants, arguments.batch):
+        for what in [arguments.only] if arguments.only else races:
+            calls, error, ratio = races[what](variant, batch, arguments.authors)
+            timings = take_turns(calls, arguments)
+            report(table, f"{variant} {what}", batch, timings, error, ratio)
+    return table.passed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)
