@@ -29,10 +29,7 @@ def time_models(
     effort: Effort | None = None,
     **changes: float,
 ) -> dict[str, Timing]:
-    """Time models in alternation, in this process; ratios are to the first one.
-
-    One thread on a CPU is timed by its CPU time: the same as latency where nothing else runs, and
-    hardly disturbed where something does. All else is timed by the clock.
+    """Time models in alternation, in this process, as `time_calls` does.
 
     Args:
         models: name -> module in evaluation mode; moved to `device`.
@@ -46,6 +43,28 @@ def time_models(
         raise ReplivitError("timing needs at least one batch of images")
     placed = [batch.to(device) for batch in batches]
     calls = {name: _cycled(model.to(device), placed) for name, model in models.items()}
+    return time_calls(calls, device=device, threads=threads, effort=effort, **changes)
+
+
+def time_calls(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    device: str = "cpu",
+    threads: int = 1,
+    effort: Effort | None = None,
+    **changes: float,
+) -> dict[str, Timing]:
+    """Time functions without arguments in alternation; ratios are to the first one.
+
+    One thread on a CPU is timed by its CPU time: the same as latency where nothing else runs, and
+    hardly disturbed where something does. All else is timed by the clock.
+
+    Args:
+        changes: single fields of the effort, as in `time_callables`.
+
+    Raises:
+        ReplivitError: nothing to time.
+    """
     options = {"effort": effort, "device": device, **changes}
     if device == "cpu" and threads == 1:
         options |= {"clock": time.process_time, "limits": _WAITING}

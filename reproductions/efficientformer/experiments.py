@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 import harness
 from harness import Conditions, ExperimentResult, Finding
-from harness.measurement.latency import Effort, Timing
+from harness.measurement.latency import Timing
 from harness.measurement.macs import count_macs
+from harness.measurement.side_by_side import time_calls
 from harness.settings import of_scale
 
 from .blocks import Meta3D, Meta4D, stem
 from .conventions import macs as official_macs
 from .conventions import params as official_params
-from .latency_table import time_interleaved
 from .model import EfficientFormer, Flatten, Unflatten
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _time(group: Group, batch_size: int, threads: int, device: str, budget_s: fl
     image = torch.randn(batch_size, *group.shape, device=device)
     image = image.contiguous(memory_format=torch.channels_last)  # as maps are in the network
     calls = {name: _call(one.eval().to(device), image) for name, one in group.members.items()}
-    return time_interleaved(calls, threads, device, Effort(budget_s=budget_s, warm_up_s=0.1))
+    return time_calls(calls, device=device, threads=threads, budget_s=budget_s, warm_up_s=0.1)
 
 
 #: claim, group, the operator said to be slower than the group's first, and by how much (if said).
@@ -287,8 +287,8 @@ def ablation(
     models["L1, deployed"] = harness.deploy(models["L1"], image_size)
     image = torch.randn(batch_size, 3, image_size, image_size, device=device)
     calls = {name: _call(model.to(device), image) for name, model in models.items()}
-    timings = time_interleaved(
-        calls, threads, device, Effort(budget_s=budget, palindromes=1, warm_up_s=0.1)
+    timings = time_calls(
+        calls, device=device, threads=threads, budget_s=budget, palindromes=1, warm_up_s=0.1
     )
     rows = []
     for name, model in models.items():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,8 @@ import torch
 from torch import nn
 
 from harness import ReplivitError, deploy
-from harness.measurement.latency import Effort, Timing, time_callables
+from harness.measurement.latency import Effort
+from harness.measurement.side_by_side import time_calls
 
 from .blocks import Embedding, Meta3D, Meta4D, init_linear, stem
 from .supernet import GRID, Architecture, SuperNet
@@ -128,7 +128,7 @@ def measure_table(
             image = image.contiguous(memory_format=torch.channels_last)
         deployed = deploy(module, example_inputs=(image,)).to(device)
         calls[key] = _call(deployed, image.to(device))
-    timings = time_interleaved(calls, threads, device, effort)
+    timings = time_calls(calls, device=device, threads=threads, effort=effort)
     return LatencyTable(
         {key: timing.median for key, timing in timings.items()},
         {
@@ -137,20 +137,6 @@ def measure_table(
             "noisy": sum(timing.status != "ok" for timing in timings.values()),
         },
     )  # fmt: skip
-
-
-def time_interleaved(
-    calls: dict[str, Callable[[], object]], threads: int, device: str, effort: Effort
-) -> dict[str, Timing]:
-    """Interleaved timing. One thread is timed by its CPU time, which equals latency where nothing
-    else runs and is hardly disturbed where something does."""
-    clock = time.process_time if device == "cpu" and threads == 1 else time.perf_counter
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return time_callables(calls, effort=effort, device=device, clock=clock)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _call(module: nn.Module, image: torch.Tensor) -> Callable[[], object]:
@@ -171,5 +157,5 @@ def measure_networks(
     for index, architecture in enumerate(architectures):
         network = deploy(architecture.build(**supernet.build_options), supernet.image_size)
         calls[str(index)] = _call(network.to(device), torch.randn(shape).to(device))
-    timings = time_interleaved(calls, threads, device, Effort(budget_s=budget_s, warm_up_s=0.2))
+    timings = time_calls(calls, device=device, threads=threads, budget_s=budget_s, warm_up_s=0.2)
     return [(one.median, one.interval) for one in timings.values()]

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from harness.data import AugmentedDataset, create_transform, get_track, load_split
 from harness.environment import home
 from harness.measurement.latency import Effort
+from harness.measurement.side_by_side import time_calls
 from harness.training import train
 from reproductions.efficientformer_v2.attention import Attention4D
 from reproductions.efficientformer_v2.search import (
@@ -23,7 +24,6 @@ from reproductions.efficientformer_v2.search import (
     MobileEfficiency,
     actions,
     greedy_search,
-    time_on_one_thread,
 )
 from reproductions.efficientformer_v2.supernet import SandwichRule, SearchSpace, Subnet, Supernet
 
@@ -46,7 +46,7 @@ for side in sides:
     maps = torch.randn(1, 96, side, side).contiguous(memory_format=torch.channels_last)
     mixers = {"every pixel": Attention4D(96, side), "stride 2": Attention4D(96, side, stride=2)}
     calls = {name: partial(mixer.eval(), maps) for name, mixer in mixers.items()}
-    for name, timing in time_on_one_thread(calls, "cpu", EFFORT).items():
+    for name, timing in time_calls(calls, effort=EFFORT).items():
         milliseconds[name].append(1e3 * timing.median)
     pair = [milliseconds[name][-1] for name in calls]
     print(f"{side:2} x {side:2} pixels: {pair[0]:6.2f} ms, with stride {pair[1]:6.2f} ms")

@@ -12,10 +12,10 @@ from torch import nn
 from harness import Conditions, ExperimentResult, Finding, get_paper
 from harness.measurement.latency import Effort, Timing
 from harness.measurement.paper_counters import snap_profile
+from harness.measurement.side_by_side import time_calls
 from harness.settings import of_scale
 from reproductions.efficientformer_v2.attention import Attention4D
 from reproductions.efficientformer_v2.model import efficientformer_v2
-from reproductions.efficientformer_v2.search import time_on_one_thread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -130,7 +130,7 @@ def _pair(
             calls["strided" if strided else "full"] = partial(
                 module.to(device).eval().requires_grad_(False), images
             )
-    timings = time_on_one_thread(calls, device=device, effort=effort) if calls else {}
+    timings = time_calls(calls, device=device, effort=effort) if calls else {}
     row = {
         "what": name.split(",")[0], "image_size": side, "batch": batch,
         "macs_full": macs[False], "macs_strided": macs[True],

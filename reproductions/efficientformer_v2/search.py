@@ -7,19 +7,17 @@ is the sum of a table that this machine's latency instrument measured.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf
 
 import torch
 from torch import Tensor, nn
 
 from harness.deployment import batch_norm_affine, deploy, fold_before
 from harness.errors import ReplivitError
-from harness.measurement.latency import Effort, Timing, time_callables
-from harness.measurement.sentinels import Limits
+from harness.measurement.latency import Effort
+from harness.measurement.side_by_side import time_calls
 from reproductions.efficientformer_v2.blocks import FFN, AttnFFN, Embedding, Stem
 from reproductions.efficientformer_v2.layers import folded
 from reproductions.efficientformer_v2.model import Architecture
@@ -158,24 +156,6 @@ TABLE_EFFORT = Effort(
 )  # fmt: skip
 
 
-def time_on_one_thread(
-    calls: Mapping[str, Callable[[], object]], device: str, effort: Effort
-) -> dict[str, Timing]:
-    """The latency instrument; on a CPU it reads the CPU time of one thread."""
-    if device != "cpu":
-        return time_callables(calls, effort=effort, device=device)
-    # waiting for a processor costs no CPU time, so it is no disturbance either
-    waiting = {"pressure": inf, "steal": inf, "switches": inf, "wall_over_cpu": inf}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return time_callables(
-            calls, effort=effort, limits=Limits(**waiting), clock=time.process_time
-        )
-    finally:
-        torch.set_num_threads(threads)
-
-
 @dataclass(frozen=True)
 class CostTable:
     """Parameters and measured seconds of every part; a network costs the sum of its parts.
@@ -209,7 +189,7 @@ class CostTable:
             images = torch.randn(batch_size, *shape).contiguous(memory_format=torch.channels_last)
             folded_form = deploy(module, example_inputs=(images,)).to(device)
             calls[str(unit)] = partial(folded_form, images.to(device))
-        timings = time_on_one_thread(calls, effort=effort, device=device)
+        timings = time_calls(calls, effort=effort, device=device)
         entries = {unit: Cost(params[unit], timings[str(unit)].median) for unit in params}
         return cls(entries, sum(timing.status != "ok" for timing in timings.values()))
 

@@ -14,6 +14,7 @@ import torch
 from harness import Conditions, ExperimentResult, Finding, deploy
 from harness.evaluation import bits_of
 from harness.measurement.latency import Effort
+from harness.measurement.side_by_side import time_calls
 from harness.statistics import bootstrap_interval, mcnemar
 from harness.training import train
 from reproductions.efficientformer_v2.model import Architecture, EfficientFormerV2
@@ -25,7 +26,6 @@ from reproductions.efficientformer_v2.search import (
     Step,
     greedy_search,
     scaled_widths,
-    time_on_one_thread,
 )
 from reproductions.efficientformer_v2.search_setup import Images, Settings, choose_settings
 from reproductions.efficientformer_v2.supernet import SandwichRule, SearchSpace, Supernet
@@ -175,7 +175,7 @@ def _equally_fast(
         budget_s=settings.timing_seconds, half_width=0.05, min_rounds=5, palindromes=1,
         warm_up_s=0.05, warm_up_limit_s=0.3,
     )  # fmt: skip
-    timings = time_on_one_thread(calls, device=settings.device, effort=effort)
+    timings = time_calls(calls, device=settings.device, effort=effort)
     nearest = min(calls.keys() - {"found"}, key=lambda name: abs(np.log(timings[name].ratio)))
     return networks[nearest], {
         "found": timings["found"].median, "uniform": timings[nearest].median,

@@ -11,7 +11,7 @@ from harness.effect import CONTROL, SCALES, Arm, arm_recipe
 from harness.errors import ReplivitError
 from harness.measurement.macs import count_macs
 from reproductions.dynamicvit import adaptive_cost as adaptive
-from reproductions.dynamicvit import experiments
+from reproductions.dynamicvit import experiments, recount
 from reproductions.dynamicvit.effect_experiment import CLAIMS, arms
 
 # printed counts
@@ -29,14 +29,14 @@ from reproductions.dynamicvit.effect_experiment import CLAIMS, arms
 )
 def test_paper_rule_gives_the_authors_counts(variant, options, gmacs):
     """Numbers of the authors' `calc_flops.py`, in G."""
-    _, macs = experiments._count(experiments.Model(variant, options=options))
+    _, macs = recount._count(recount.Model(variant, options=options))
     assert macs / 1e9 == pytest.approx(gmacs, abs=6e-4)
 
 
 @pytest.fixture(scope="module")
 def printed():
     """All printed rows of models up to about 5 GMACs; larger ones are the experiment's."""
-    real = experiments._count
+    real = recount._count
     with pytest.MonkeyPatch.context() as patch:
         known = {"deit_ti", "deit_s", "dynamicvit_deit_s_k07", "dynamicvit_deit_256_k07"}
 
@@ -45,8 +45,8 @@ def printed():
                 return real(model)
             return 1_000_000, 1_000_000_000
 
-        patch.setattr(experiments, "_count", count)
-        return experiments.recount_printed()
+        patch.setattr(recount, "_count", count)
+        return recount.recount_printed()
 
 
 def test_every_printed_count_of_a_known_model_is_recounted(printed):

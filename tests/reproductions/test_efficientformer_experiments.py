@@ -32,12 +32,12 @@ def fake_timer(monkeypatch):
     """Replaces the instrument; the test says how many times slower each operator is."""
     slowness: dict[str, float] = {}
 
-    def fake(calls, threads, device, effort):
+    def fake(calls, **options):
         for call in calls.values():
             call()  # every operator really runs once
         return {name: timing(slowness.get(name, 1.0)) for name in calls}
 
-    monkeypatch.setattr(experiments, "time_interleaved", fake)
+    monkeypatch.setattr(experiments, "time_calls", fake)
     return slowness
 
 

@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from training_tools import CLASSES, SIDE, Net
+from torch import nn
+from training_tools import CLASSES, RECIPE, SIDE, Net
 
 from harness import registry
+from harness.training import train
 
 COUNTS = {"train": 96, "test": 40}
 
@@ -88,6 +90,20 @@ def net():
         return Net(dropout)
 
     return make
+
+
+@pytest.fixture
+def fit(toy_data, tmp_path, net):
+    """`fit(name, **changes)` trains the toy model into a directory of that name."""
+
+    def run(name: str = "run", model: nn.Module | None = None, recipe: dict | None = None, **more):
+        more = {"image_size": 16, "quiet": True, "evaluate": False, **more}
+        return train(
+            net() if model is None else model, toy_data, {**RECIPE, **(recipe or {})},
+            out=tmp_path / name, **more,
+        )  # fmt: skip
+
+    return run
 
 
 @pytest.fixture
