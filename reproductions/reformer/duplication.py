@@ -138,7 +138,7 @@ def train(
         if (step + 1) % STEPS_PER_CHECKPOINT == 0 and step + 1 < total:
             _save_partial(partial, model, optimizer, scheduler, step + 1)
             if not quiet:
-                print(f"{path.stem}: step {step + 1} of {total}, loss {float(loss):.3f}")
+                print(f"{path.stem}: step {step + 1} of {total}, loss {loss.item():.3f}")
     mean = torch.stack(recent).mean().cpu()
     state = {key: value.cpu() for key, value in model.state_dict().items()}
     save_weights({**state, "loss": mean}, path, metadata={"task": json.dumps(asdict(task))})
