@@ -28,7 +28,7 @@ class Page(HTMLParser):
         self.tags, self.text, self.data = [], [], ""
         self.open = []
         self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
+        self.feed(self.source.replace("<wbr>", ""))  # where a line may break; no text
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
