@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from harness import registry
 from harness.errors import ReplivitError, one_line
+from harness.meta import on_meta
 from harness.state_dicts import (
     State,
     file_sha256,
@@ -213,7 +213,7 @@ def _fitting_sibling(variant: registry.Variant, official: State) -> str | None:
             continue
         try:
             state = convert_official(other.name, official)
-            with torch.device("meta"):
+            with on_meta():
                 _, found = _build_for(other.name, state, {})
             if found.complete:
                 return other.name

@@ -34,6 +34,7 @@ from harness.data import TRACKS, ImageDataset, get_track, load_split
 from harness.errors import ReplivitError
 from harness.evaluation import evaluate
 from harness.experiment import ExperimentResult
+from harness.meta import on_meta
 from harness.record import Conditions, Record
 from harness.settings import choose
 from harness.training import Callback, Objective, Recipe, TrainedModel, train
@@ -340,7 +341,7 @@ def _check_start(arm: Arm, state: State, num_classes: int) -> None:
     Raises:
         ReplivitError: what is missing, left over or of another shape.
     """
-    with torch.device("meta"):
+    with on_meta():
         found = coverage(registry.build(arm.variant, num_classes, **arm.options), state)
     missing = [
         key for key in found.missing if not any(fnmatch.fnmatch(key, one) for one in arm.new)

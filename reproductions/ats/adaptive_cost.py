@@ -23,6 +23,7 @@ import harness
 from harness import Conditions, ExperimentResult, Finding, ReplivitError
 from harness.measurement.macs import count_macs_distribution
 from harness.measurement.side_by_side import time_images
+from harness.meta import on_meta
 from harness.settings import of_scale
 from harness.tokens import sample_images
 from reproductions.ats.conventions import dense_macs, macs_of_counts, tokens_in_blocks
@@ -228,7 +229,7 @@ def _batch_decides(model: VisionTransformer, release: dict[int, np.ndarray]) -> 
 
 
 def _printed() -> Finding:
-    with torch.device("meta"):
+    with on_meta():
         reference = harness.build("ats_deit_s")
     keeps = [keep_for(reference, 1e9 * gigas) for gigas in (PRINTED, USERS)]
     return Finding(

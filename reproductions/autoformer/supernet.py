@@ -17,10 +17,10 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.meta import on_meta
 from harness.patches import ImageSize
 from reproductions.autoformer.counting import complexity_of, params_of
 from reproductions.autoformer.space import Config, Space
@@ -134,7 +134,7 @@ class Supernet(Subnet):
             ValueError: it does not fit the supernet.
         """
         config = self.config if config is None else Config.of(config)
-        with torch.device("meta"):  # no weights are drawn only to be replaced
+        with on_meta():  # no weights are drawn only to be replaced
             subnet = Subnet(self.space, config, self.num_classes or 1, self.image_size,
                             **vars(self.options))  # fmt: skip
         if not self.num_classes:

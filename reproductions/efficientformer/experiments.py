@@ -18,6 +18,7 @@ from harness import Conditions, ExperimentResult, Finding
 from harness.measurement.latency import Timing
 from harness.measurement.macs import count_macs
 from harness.measurement.side_by_side import time_calls
+from harness.meta import on_meta
 from harness.settings import of_scale
 
 from .blocks import Meta3D, Meta4D, stem
@@ -355,7 +356,7 @@ def _published_counts() -> list[Finding]:
         if row.against not in ("params_paper", "macs_paper"):
             continue
         if row.of not in counts:
-            with torch.device("meta"):  # counting needs shapes alone
+            with on_meta():  # counting needs shapes alone
                 model = harness.build(row.of)
             counts[row.of] = official_params(model), official_macs(model, model.image_size)
         params, macs = counts[row.of]

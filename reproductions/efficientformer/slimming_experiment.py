@@ -21,6 +21,7 @@ from harness import Conditions, ExperimentResult, Finding, ReplivitError
 from harness.data import create_transform, get_track, hold_out, load_split
 from harness.evaluation import bits_of
 from harness.measurement.macs import count_macs
+from harness.meta import on_meta
 from harness.settings import as_seeds, choose
 from harness.statistics import mcnemar, mean_std, paired_means
 from harness.training import Recipe, TrainedModel, read_recipe
@@ -235,7 +236,7 @@ def _row(
     inherited: float,
     runs: list[TrainedModel],
 ) -> dict[str, Any]:
-    with torch.device("meta"):
+    with on_meta():
         network = architecture.build(**supernet.build_options)
     tops = [run.value("top1") for run in runs]
     summary = mean_std(tops) if tops else None

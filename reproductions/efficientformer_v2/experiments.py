@@ -13,6 +13,7 @@ from harness import Conditions, ExperimentResult, Finding, get_paper
 from harness.measurement.latency import Effort, Timing
 from harness.measurement.paper_counters import snap_profile
 from harness.measurement.side_by_side import time_calls
+from harness.meta import on_meta
 from harness.settings import of_scale
 from reproductions.efficientformer_v2.attention import Attention4D
 from reproductions.efficientformer_v2.model import efficientformer_v2
@@ -119,7 +120,7 @@ def _pair(
     """One row: costs of the strided and the full form; `batch=None` counts without timing."""
     macs, calls = {}, {}
     for strided in (False, True):
-        with torch.device("meta"):
+        with on_meta():
             module, shape = make(side, strided)
         macs[strided] = _macs(module, shape)
         if batch is not None:

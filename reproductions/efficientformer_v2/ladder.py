@@ -6,7 +6,6 @@ from collections.abc import Callable
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,6 +18,7 @@ from harness import (
     get_variant,
 )
 from harness.measurement.paper_counters import snap_profile
+from harness.meta import on_meta
 from harness.settings import of_scale
 from reproductions.efficientformer_v2.blocks import FFN, Embedding, Stem
 from reproductions.efficientformer_v2.layers import ConvNorm
@@ -98,7 +98,7 @@ def mixer_cost(make: Callable[[int], nn.Module], side: int = 56) -> tuple[int, i
 def counted_rows() -> dict[int, tuple[int, int]]:
     """(parameters, MACs) of the ladder's first three rows, by the authors' counter."""
     first = get_variant("efficientformer_l1")
-    with torch.device("meta"):
+    with on_meta():
         model = build(first.name)
         row1 = (first.hook("paper_params")(model), first.hook("paper_macs")(model, 224))
         pool = mixer_cost(lambda _: nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False))

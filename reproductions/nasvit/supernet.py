@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.meta import on_meta
 from harness.patches import ImageSize
 from reproductions.nasvit.attention import (
     MLP,
@@ -250,7 +251,7 @@ class Supernet(Subnet):
             ValueError: it is outside the space.
         """
         config = self.config if config is None else self.space.check(config)
-        with torch.device("meta"):  # no weights are drawn only to be replaced
+        with on_meta():  # no weights are drawn only to be replaced
             subnet = Subnet(self.space, config, self.num_classes, self.image_size)
         state = slice_state(self.state_dict(), self.space, config, self.switched)
         subnet.load_state_dict(state, assign=True)
@@ -269,7 +270,7 @@ def slice_state(
     Raises:
         KeyError: an entry is missing.
     """
-    with torch.device("meta"):
+    with on_meta():
         shapes = Subnet(space, config, classes_of(state)).state_dict()
     blocks = {block.name: block for block in space.blocks(config)}
     made = {}

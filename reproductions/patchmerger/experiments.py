@@ -17,6 +17,7 @@ from harness.measurement.latency import Effort, Timing
 from harness.measurement.macs import count_macs
 from harness.measurement.side_by_side import time_models
 from harness.measurement.yardstick import seeded_images
+from harness.meta import on_meta
 from harness.settings import choose
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Network:
 
     def macs(self) -> int:
         """Convolutions and matrix products of one image, counted without computing them."""
-        with torch.device("meta"):
+        with on_meta():
             model = self.build()
         return count_macs(model, self.image_size).total
 
@@ -334,7 +335,7 @@ def _in_range(values: Iterable[float]) -> Outcome:
 
 def _after(size: str, image_size: int) -> int:
     """Multiply-adds of the blocks behind a merger of 8 outputs in the middle."""
-    with torch.device("meta"):
+    with on_meta():
         model = Network(size, image_size, 6, 8).build()
     tree = {child.name: child for child in count_macs(model, image_size).modules.children}
     return sum(

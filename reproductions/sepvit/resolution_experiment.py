@@ -15,6 +15,7 @@ from harness.measurement.latency import Timing
 from harness.measurement.macs import MacsCount, count_macs
 from harness.measurement.side_by_side import time_models
 from harness.measurement.yardstick import seeded_images
+from harness.meta import on_meta
 from harness.settings import choose
 from reproductions.sepvit.complexity import block_costs, two_swin_blocks
 from reproductions.sepvit.conventions import macs as authors_macs
@@ -129,7 +130,7 @@ def resolution(scale: str = "small", **changes: Any) -> ExperimentResult:
 
 
 def _on_meta(name: str, side: int, **options: Any) -> torch.nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return harness.build(name, image_size=side, **options).eval()
 
 

@@ -13,6 +13,7 @@ from harness.data import load_split
 from harness.effect import Claim, Run
 from harness.effect_report import COLOURS, Difference, judge
 from harness.measurement.macs import count_macs
+from harness.meta import on_meta
 from harness.settings import choose
 from harness.statistics import mean_std
 from harness.training import train
@@ -123,7 +124,7 @@ def networks_of(setting: Setting, names: Sequence[str] = ARMS) -> dict[str, Arch
 
 def macs_of(architecture: Architecture, image_size: int) -> int:
     """Multiply-adds per image, without a classifier."""
-    with torch.device("meta"):
+    with on_meta():
         return count_macs(UniNet(architecture, 1, image_size), image_size).total
 
 

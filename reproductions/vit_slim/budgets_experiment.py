@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 
 import harness
 from harness import Conditions, ExperimentResult, Finding
 from harness.measurement.macs import count_macs
+from harness.meta import on_meta
 from harness.paper import Published
 from harness.settings import of_scale
 from reproductions.vit_slim import conventions
@@ -65,7 +65,7 @@ def budgets(scale: str = "small") -> ExperimentResult:
 
 def _count(name: str) -> tuple[int, int, int]:
     """Parameters and FLOPs by the authors' rules, and our multiply-adds."""
-    with torch.device("meta"):
+    with on_meta():
         model = harness.build(name).eval()
     return (
         conventions.params(model), conventions.macs(model, 224), count_macs(model, 224).total
@@ -128,7 +128,7 @@ def _token_row(budget: float, printed_as: str) -> dict[str, Any]:
         one for one in harness.get_paper("vit_slim").facts.published
         if one.variant == printed_as and one.metric == "macs_g"
     )  # fmt: skip
-    with torch.device("meta"):
+    with on_meta():
         model = harness.build(TOKEN_MODEL)
     kept: Kept = model.kept
     layers, count = len(kept.tokens), len(kept.tokens[0])

@@ -11,6 +11,7 @@ from torch import nn
 from harness.measurement.macs import breakdown, count_macs, count_macs_distribution
 from harness.measurement.macs_fvcore import count_macs_fvcore, explain_gap
 from harness.measurement.params import count_params
+from harness.meta import on_meta
 
 ROWS = load_golden("baselines/macs_224")["rows"]
 
@@ -87,7 +88,7 @@ def test_the_dtype_of_the_module_is_used(dtype):
 
 
 def test_meta_modules_count_without_memory():
-    with torch.device("meta"):
+    with on_meta():
         model = Mixed()
         large = timm.create_model("deit_base_patch16_224")
     assert count_macs(model, 8).total == MIXED

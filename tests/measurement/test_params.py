@@ -1,10 +1,10 @@
 """Parameters: shared ones once, frozen ones apart, buffers beside them."""
 
 import pytest
-import torch
 from torch import nn
 
 from harness.measurement.params import count_params
+from harness.meta import on_meta
 
 
 def test_counts_are_the_closed_form():
@@ -28,7 +28,7 @@ def test_frozen_parameters_are_not_trainable():
 
 
 def test_meta_modules_count_and_lazy_ones_are_refused():
-    with torch.device("meta"):
+    with on_meta():
         assert count_params(nn.Linear(1000, 1000)).total == 1_001_000
     with pytest.raises(ValueError, match="before its first forward"):
         count_params(nn.LazyLinear(4))

@@ -22,6 +22,7 @@ from harness.data import input_spec
 from harness.errors import ReplivitError
 from harness.measurement.macs_fvcore import count_macs_fvcore
 from harness.measurement.memory import training_memory
+from harness.meta import on_meta
 
 VARIANTS = [variant.name for variant in harness.variants()]
 SMALL = [variant.name for variant in harness.variants() if variant.track != "imagenet"]
@@ -34,7 +35,7 @@ small = pytest.mark.parametrize("name", SMALL)
 
 
 def build_on_meta(name: str, **options) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return harness.build(name, **options).eval()
 
 
@@ -71,7 +72,7 @@ def test_interface_of_timm(name):
     assert model.num_classes == 7 and model.forward_head(features).shape == (2, 7)
     pooled = model.forward_head(features, pre_logits=True)
     assert pooled.shape[0] == 2 and pooled.shape[-1] == model.num_features
-    with torch.device("meta"):
+    with on_meta():
         model.reset_classifier(3)
     assert model.num_classes == 3 and model(images).shape == (2, 3)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import harness
 from harness.checkpoints import load_official
 from harness.measurement.macs import count_macs
+from harness.meta import on_meta
 from reproductions.ats import conventions, released, sampling
 from reproductions.ats.convert import from_official
 from reproductions.ats.model import insert_ats
@@ -112,7 +113,7 @@ def test_the_paper_rule_gives_fvcores_count(name):
 @torch.inference_mode()
 def test_params_are_those_of_the_parent_and_of_the_fixture():
     fixture = load_golden("ats/deit_ti_drop")
-    with torch.device("meta"):
+    with on_meta():
         model = harness.build("ats_deit_ti")
         parents = {name: harness.build(f"deit_{name}") for name in ("ti", "s", "b")}
         ours = {name: harness.build(f"ats_deit_{name}") for name in ("ti", "s", "b")}
@@ -279,7 +280,7 @@ def test_the_released_code_fails_below_all_tokens(name):
     case = FUNCTIONS[name]
     assert case["expected"]["raises"] == "RuntimeError"
     limit = case["args"]["NUM_TOKENS"][3]
-    with torch.device("meta"), pytest.raises(ValueError, match="limit at all 196 patches"):
+    with on_meta(), pytest.raises(ValueError, match="limit at all 196 patches"):
         harness.build("ats_deit_ti", mode="released", tokens=limit)
 
 

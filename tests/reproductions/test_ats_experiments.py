@@ -6,6 +6,7 @@ import torch
 
 import harness
 from harness import ReplivitError
+from harness.meta import on_meta
 from reproductions.ats import adaptive_cost, effect_experiment, sampling_experiment
 from reproductions.ats.conventions import dense_macs, macs_of_counts, tokens_in_blocks
 from reproductions.ats.sampling import sampled
@@ -73,7 +74,7 @@ def test_a_formula_that_is_wrong_stops_the_experiment(model):
 
 
 def test_share_that_every_stage_keeps():
-    with torch.device("meta"):
+    with on_meta():
         reference = harness.build("ats_deit_s")
     assert adaptive_cost.keep_for(reference, 1e12) == 1
     keep = adaptive_cost.keep_for(reference, 2.9e9)

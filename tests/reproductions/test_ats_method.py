@@ -11,6 +11,7 @@ from golden_tools import filled_state_dict, load_golden
 from timm.models.vision_transformer import VisionTransformer
 
 import harness
+from harness.meta import on_meta
 from harness.training import read_recipe
 from reproductions.ats import sampling
 from reproductions.ats.model import CHOICES, insert_ats
@@ -296,12 +297,12 @@ def test_copies_and_pickles_sample_alike():
     ],
 )
 def test_bad_settings_name_the_limit(options, message):
-    with torch.device("meta"), pytest.raises(ValueError, match=message):
+    with on_meta(), pytest.raises(ValueError, match=message):
         harness.build("ats_micro", **options)
 
 
 def test_models_it_does_not_go_into():
-    with torch.device("meta"):
+    with on_meta():
         pooled = VisionTransformer(embed_dim=24, depth=2, num_heads=3, global_pool="avg")
         bare = VisionTransformer(
             embed_dim=24, depth=2, num_heads=3, class_token=False, global_pool="avg"
@@ -321,5 +322,5 @@ def test_models_it_does_not_go_into():
         insert_ats(parallel)
     with pytest.raises(ValueError, match="timm's VisionTransformer, not into ResNet"):
         insert_ats(resnet)
-    with torch.device("meta"), pytest.raises(ValueError, match="not into EfficientFormer"):
+    with on_meta(), pytest.raises(ValueError, match="not into EfficientFormer"):
         harness.build("ats_micro", base="efficientformer_micro")

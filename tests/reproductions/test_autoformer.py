@@ -19,6 +19,7 @@ from golden_tools import (
 
 import harness
 from harness.errors import ReplivitError
+from harness.meta import on_meta
 from reproductions.autoformer.attention import Grid
 from reproductions.autoformer.convert import resize_positions
 from reproductions.autoformer.counting import complexity_of, params_of
@@ -61,7 +62,7 @@ def official(space: Space, build: dict | None = None) -> Supernet:
     build = dict(build or {})
     image_size = build.pop("img_size", 224)
     options = {"global_pool" if key == "gp" else key: value for key, value in build.items()}
-    with torch.device("meta"):  # weights are not drawn only to be replaced
+    with on_meta():  # weights are not drawn only to be replaced
         net = Supernet(space, 1000, image_size, **options)
     net.grid = Grid(net.grid.size, space.max_distance)
     state = {key: value_of(key, tuple(one.shape)) for key, one in net.state_dict().items()}
@@ -366,7 +367,7 @@ def test_outside_the_space(config, message):
     ("tiny", "a Config or a mapping, not 'tiny'"),
 ])  # fmt: skip
 def test_outside_the_supernet(config, message):
-    with torch.device("meta"):
+    with on_meta():
         net = Supernet(AUTOFORMER_T)
         with pytest.raises(ValueError, match=message):
             net.set_config(config)
@@ -381,7 +382,7 @@ def test_other_impossible_builds():
         harness.build("autoformer_b", space="b8")
     with pytest.raises(ValueError, match="no search space 'x'; there are t, s, b, b8, micro"):
         harness.build("autoformer_supernet_t", space="x")
-    with torch.device("meta"):
+    with on_meta():
         net = harness.build("autoformer_supernet_t", change_qkv=False)
         with pytest.raises(ValueError, match="num_heads cannot be 3"):
             net.set_config({"depth": 12, "embed_dim": 192, "num_heads": 3, "mlp_ratios": 4})

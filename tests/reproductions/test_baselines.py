@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 import harness
 from harness import registry
 from harness.measurement.macs import count_macs
+from harness.meta import on_meta
 
 GOLDEN = {row["timm"]: row for row in load_golden("baselines/macs_224")["rows"]}
 ROWS = {
@@ -22,7 +23,7 @@ rows = pytest.mark.parametrize("name", ROWS)
 
 
 def build_on_meta(name: str, **options):
-    with torch.device("meta"):
+    with on_meta():
         return harness.build(name, **options).eval()
 
 

@@ -11,6 +11,7 @@ import harness
 from harness.checkpoints import convert_official, coverage, load_official
 from harness.errors import ReplivitError
 from harness.measurement.macs import count_macs
+from harness.meta import on_meta
 from reproductions.dynamicvit import conventions
 from reproductions.dynamicvit.convert import from_official
 from reproductions.dynamicvit.method import pruning_losses, teacher_answers
@@ -162,7 +163,7 @@ def test_parameters_and_macs(golden):
 
 @pytest.mark.parametrize("name", PARAMS)
 def test_parameters_of_the_other_sizes(name):
-    with torch.device("meta"):
+    with on_meta():
         model = harness.build(f"dynamicvit_{name}")
     assert sum(one.numel() for one in model.parameters()) == PARAMS[name]
 
@@ -186,7 +187,7 @@ TIMM = {
 @pytest.mark.parametrize("name", TIMM)
 def test_starts_from_the_plain_network(name):
     """All of a plain network's weights find their place; only what the method adds is missing."""
-    with torch.device("meta"):
+    with on_meta():
         state = timm.create_model(TIMM[name]).state_dict()
         model = harness.build(f"dynamicvit_{name}")
         found = coverage(model, convert_official(f"dynamicvit_{name}", state))
@@ -205,7 +206,7 @@ def test_starts_from_original_names():
             for key, value in official_weights(fixture).items()
             if not any(part in key for part in ("score_predictor", "fast"))
         }
-        with torch.device("meta"):
+        with on_meta():
             model = harness.build(f"dynamicvit_{name}")
         found = coverage(model, convert_official(f"dynamicvit_{name}", plain))
         assert not found.unexpected and not found.mismatched
@@ -247,14 +248,14 @@ def test_foreign_checkpoints_are_refused():
     ],
 )
 def test_impossible_models_name_the_limit(options, message):
-    with pytest.raises(ValueError, match=message), torch.device("meta"):
+    with pytest.raises(ValueError, match=message), on_meta():
         harness.build("dynamicvit_deit_ti_k07", **options)
 
 
 @pytest.mark.parametrize("name", ["dynamicvit_swin_t_k07", "dynamicvit_convnext_t_k07"])
 def test_impossible_two_speed_models_name_the_limit(name):
     last = 5 if "swin" in name else 8
-    with torch.device("meta"):
+    with on_meta():
         with pytest.raises(ValueError, match=r"keep_ratio must be above 0\.4, not 0\.4"):
             harness.build(name, keep_ratio=0.4)
         with pytest.raises(ValueError, match=f"blocks are numbered 0 to {last}"):

@@ -12,6 +12,7 @@ from torch import nn
 
 import harness
 from harness.errors import ReplivitError
+from harness.meta import on_meta
 from harness.training import Recipe, read_recipe, train
 from harness.training.optim import Schedule, weight_decay_groups
 from reproductions.dynamicvit import layers, method
@@ -184,7 +185,7 @@ def test_losses_are_the_authors(name):
 
 
 def test_optimizer_groups_are_the_authors():
-    with torch.device("meta"):
+    with on_meta():
         model = dynamicvit_deit(1000, 224, "s")
     recipe = read_recipe("deit", harness.get_variant("dynamicvit_deit_s_k07"))
     groups = weight_decay_groups(model, recipe)
@@ -230,7 +231,7 @@ def test_learning_rate_is_the_authors():
 def test_dense_teacher(size):
     case = FUNCTIONS[f"teacher_deit_{size}"]
     expected = case["expected"]
-    with torch.device("meta"):
+    with on_meta():
         model = dynamicvit_deit(1000, 224, size, pruning_loc=[])
     entries = [[key, one.shape, "float32"] for key, one in model.state_dict().items()]
     model = model.to_empty(device="cpu").eval()

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import harness
+from harness.meta import on_meta
 from reproductions.efficientformer import blocks
 from reproductions.efficientformer.convert import from_official
 from reproductions.efficientformer.model import EfficientFormer
@@ -186,7 +187,7 @@ COUNTS = {
 @pytest.mark.parametrize("size", PRODUCTS)
 def test_counts(size):
     variant = harness.get_variant(f"efficientformer_{size}")
-    with torch.device("meta"):
+    with on_meta():
         model = variant.paper.resolve(variant.spec.build)(
             num_classes=1000, image_size=224, **variant.spec.args
         ).eval()
@@ -282,7 +283,7 @@ def test_official_checkpoint_loads_from_a_wrapped_file(tmp_path):
 
 
 def test_checkpoint_of_another_size_is_refused_in_one_sentence():
-    with torch.device("meta"):
+    with on_meta():
         other = EfficientFormer([4, 4, 12, 6], [64, 128, 320, 512], 4)
     state = {name: torch.zeros(one.shape) for name, one in other.state_dict().items()}
     with pytest.raises(harness.ReplivitError) as error:

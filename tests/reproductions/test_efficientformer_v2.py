@@ -14,6 +14,7 @@ import harness
 from harness.checkpoints import load_official
 from harness.measurement.macs import count_macs
 from harness.measurement.paper_counters import snap_profile
+from harness.meta import on_meta
 from reproductions.efficientformer_v2 import attention, blocks, conventions
 from reproductions.efficientformer_v2.convert import from_official, our_name
 from reproductions.efficientformer_v2.model import efficientformer_v2
@@ -247,7 +248,7 @@ def test_index_equals_a_plain_loop(side, stride):
 @pytest.mark.parametrize("size", SIZES)
 def test_parameters_and_macs(size):
     params, plain_macs, paper_params, paper_macs = COUNTS[size]
-    with torch.device("meta"):
+    with on_meta():
         model = efficientformer_v2(size=size)
     assert sum(one.numel() for one in model.parameters()) == params
     assert round(conventions.params(model) / 1e6, 3) == paper_params
@@ -259,7 +260,7 @@ def test_parameters_and_macs(size):
 @pytest.mark.parametrize("name", FIXTURES)
 def test_counts_of_the_fixture(name):
     fixture = load_golden(f"efficientformer_v2/{name}")
-    with torch.device("meta"):
+    with on_meta():
         model = efficientformer_v2(
             size=fixture["variant"].split("_")[0], image_size=fixture["img_size"]
         )
@@ -293,7 +294,7 @@ def test_counting_leaves_the_model_as_it_was():
 def test_full_resolution_attention_costs():
     wanted = {"s0": 0.543, "s1": 0.810, "s2": 1.585, "l": 3.125}
     for size, gigas in wanted.items():
-        with torch.device("meta"):
+        with on_meta():
             model = efficientformer_v2(size=size, stride_attention=False)
         assert round(conventions.macs(model, 224) / 1e9, 3) == gigas
         if size == "s0":

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import harness
 from harness.measurement.latency import Effort
+from harness.meta import on_meta
 from reproductions.efficientformer_v2 import experiments, ladder, search_experiment
 from reproductions.efficientformer_v2.model import EfficientFormerV2
 from reproductions.efficientformer_v2.search import (
@@ -62,7 +63,7 @@ def supernet() -> Supernet:
 
 
 def counted(architecture) -> int:
-    with torch.device("meta"):
+    with on_meta():
         model = EfficientFormerV2(architecture, 10, 32, distillation=False)
     return sum(one.numel() for one in model.parameters())
 
@@ -71,7 +72,7 @@ def table_of(space: SearchSpace, seconds=lambda unit, params: params * 1e-9) -> 
     """Real parameters, and latencies made up by `seconds`."""
     entries = {}
     for unit in units_of_space(space):
-        with torch.device("meta"):
+        with on_meta():
             module, _ = build_unit(unit, space, 32, 10)
         params = sum(one.numel() for one in module.parameters())
         entries[unit] = Cost(params, seconds(unit, params))

@@ -14,6 +14,7 @@ from torch import nn
 import harness
 from harness.errors import ReplivitError
 from harness.measurement.macs_fvcore import count_macs_fvcore
+from harness.meta import on_meta
 from harness.training import Recipe, read_recipe, train
 from reproductions.manifold_distillation.losses import Weights
 from reproductions.manifold_distillation.matching import Features, match_tokens, merge_patches
@@ -47,8 +48,8 @@ def networks(golden) -> dict[str, nn.Module]:
     return {"student": student, "teacher": teacher}
 
 
-def on_meta(make, *args, **options) -> nn.Module:
-    with torch.device("meta"):
+def made_on_meta(make, *args, **options) -> nn.Module:
+    with on_meta():
         return make(*args, **options).eval()
 
 
@@ -137,7 +138,7 @@ def test_training_step_equals_the_fixture(golden, networks, name):
     ],
 )
 def test_blocks_are_found(name, count, first, last):
-    names = block_names(on_meta(timm.create_model, name))
+    names = block_names(made_on_meta(timm.create_model, name))
     assert (len(names), names[0], names[-1]) == (count, first, last)
 
 
@@ -154,7 +155,7 @@ def test_blocks_are_found(name, count, first, last):
 )
 @torch.no_grad()
 def test_features_know_their_grid(name, layer, grid, prefix, width):
-    model = on_meta(timm.create_model, name)
+    model = made_on_meta(timm.create_model, name)
     with tapped(model, [layer]) as taps:
         model(torch.zeros(2, 3, 224, 224, device="meta"))
     features = taps.features()[0].gridded()

@@ -13,6 +13,7 @@ import harness
 from harness.checkpoints import coverage
 from harness.errors import ReplivitError
 from harness.measurement.macs import count_macs
+from harness.meta import on_meta
 from reproductions.nasvit.calibration import calibrate
 from reproductions.nasvit.convert import resize_table, to_subnet, to_supernet
 from reproductions.nasvit.counting import macs_of, params_of, released_params
@@ -112,7 +113,7 @@ def test_counts(name):
     """Active parameters, the released ones by both rules, and multiply-adds, also by the module."""
     fixture = load_golden(f"nasvit/{name}")
     config, detail = Config.of(fixture["config"]), fixture["params_detail"]
-    with torch.device("meta"):
+    with on_meta():
         dense = Subnet(NASVIT, config)
     count = sum(one.numel() for one in dense.parameters())
     assert count == params_of(NASVIT, config) == detail["active"]["total"]
@@ -311,12 +312,12 @@ def changed(**genes) -> dict:
     ],
 )
 def test_configurations_outside_the_space_are_refused(config, message):
-    with torch.device("meta"), pytest.raises(ValueError, match=message):
+    with on_meta(), pytest.raises(ValueError, match=message):
         harness.build("nasvit_min", config=config)
 
 
 def test_images_must_be_square():
-    with torch.device("meta"):
+    with on_meta():
         net = harness.build("nasvit_min")
         with pytest.raises(ValueError, match="square images, not 224x192"):
             net(torch.empty(1, 3, 224, 192))

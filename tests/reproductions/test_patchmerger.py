@@ -16,6 +16,7 @@ from torch import nn
 
 import harness
 from harness.measurement.macs import count_macs
+from harness.meta import on_meta
 from reproductions.patchmerger.insertion import assignments, mergers
 from reproductions.patchmerger.merger import PatchMerger
 from reproductions.patchmerger.model import NormedPatchEmbed, kept, spread_layers
@@ -52,7 +53,7 @@ def random_merger(num_outputs: int = 5, dim: int = 12, **options) -> PatchMerger
 
 
 def build_on_meta(name: str, **options) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return harness.build(name, **options).eval()
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import harness
 from harness.effect import CONTROL, PARENT
 from harness.measurement.macs import count_macs
+from harness.meta import on_meta
 from harness.record import RecordStore
 from reproductions.patchmerger.effect_experiment import CLAIMS, MERGED, arms_of
 from reproductions.patchmerger.experiments import CLAIMED, Network
@@ -58,7 +58,7 @@ def test_placement_has_a_row_per_network(placement):
 def test_placement_counts_and_times_each_network(placement):
     for row in (placement.rows[4], placement.rows[6]):
         network = Network("ti", row["image_size"], row["before_block"], row["outputs"])
-        with torch.device("meta"):
+        with on_meta():
             assert row["macs"] == count_macs(network.build(), row["image_size"]).total
     for row in placement.rows:
         if row["batch"] is None:
@@ -92,7 +92,7 @@ def test_placement_says_what_it_saw(placement):
 
 @pytest.mark.parametrize("size", ["ti", "b"])
 def test_claimed_range_holds_for_the_multiply_adds_at_224_pixels(size):
-    with torch.device("meta"):
+    with on_meta():
         dense, merged = Network(size, 224).macs(), Network(size, 224, 6, 8).macs()
     assert CLAIMED[0] < 100 * (1 - merged / dense) < CLAIMED[1]
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import harness
 from harness.measurement.macs import count_macs
+from harness.meta import on_meta
 from harness.training.recipe import read_recipe
 from reproductions.patchmerger.convert import from_token_reduction
 from reproductions.patchmerger.insertion import (
@@ -22,7 +23,7 @@ from reproductions.patchmerger.insertion import (
 
 
 def build_on_meta(name: str, **options) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return harness.build(name, **options).eval()
 
 

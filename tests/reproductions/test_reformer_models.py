@@ -12,6 +12,7 @@ from torch import nn
 import harness
 from harness.measurement.macs import count_macs
 from harness.measurement.macs_fvcore import count_macs_fvcore, explain_gap
+from harness.meta import on_meta
 from harness.registry import get_variant
 from reproductions.reformer.attention import LocalAttention, LSHAttention
 from reproductions.reformer.chunked import chunked_attention
@@ -232,7 +233,7 @@ def test_both_counters_see_the_same_products(name):
 
 @pytest.mark.parametrize(("size", "params"), [("tiny", 5_267_752), ("small", 20_266_600)])
 def test_params_of_the_reversible_vit(size, params):
-    with torch.device("meta"):
+    with on_meta():
         model = harness.build(f"reformer_vit_{size}")
     assert sum(one.numel() for one in model.parameters()) == params
 

@@ -17,6 +17,7 @@ import harness
 from harness.errors import ReplivitError
 from harness.measurement.macs import count_macs
 from harness.measurement.macs_fvcore import count_macs_fvcore
+from harness.meta import on_meta
 from reproductions.sepvit.complexity import block_costs, two_swin_blocks
 from reproductions.sepvit.conventions import macs as authors_macs
 from reproductions.sepvit.model import ARCHITECTURES, SepViT, SepViTPyramid
@@ -32,7 +33,7 @@ COUNTS = {
 
 
 def build_on_meta(name: str, **options) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return harness.build(name, **options).eval()
 
 

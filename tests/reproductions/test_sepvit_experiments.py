@@ -7,6 +7,7 @@ import torch
 
 import harness
 from harness.measurement.macs import count_macs
+from harness.meta import on_meta
 from harness.record import RecordStore
 from harness.tokens import sample_images
 from reproductions.sepvit.ablation_experiments import TWINS
@@ -33,7 +34,7 @@ def test_resolution_counts_every_size(resolution):
     assert large["windows"] == "256 64/16 16/4 4"
     assert (published["params"], published["MACs (G)"]) == (3_661_128, 0.568)
     for row in resolution.rows:
-        with torch.device("meta"):
+        with on_meta():
             model = harness.build("sepvit_lite", image_size=row["side"])
         assert row["MACs (G)"] == round(count_macs(model, row["side"]).total / 1e9, 3)
         assert (row["time (ms)"] is not None) == (row["side"] == 224)
@@ -87,7 +88,7 @@ def test_ablations_train_all_arms_and_answer_their_claims(name, tmp_path, monkey
 def test_twins_cost_the_same_at_paper_scale():
     macs = []
     for name, options in (("sepvit_tiny", {}), *TWINS["tiny"][1:]):
-        with torch.device("meta"):
+        with on_meta():
             model = harness.build(name, **options)
         macs.append(count_macs(model, 224).total)
     assert max(macs) / min(macs) < 1.005

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import harness
 from harness.measurement.macs import count_macs
+from harness.meta import on_meta
 from reproductions.sepvit.attention import SUMMARIES, SeparableAttention
 from reproductions.sepvit.block import BlockOptions, SepViTBlock
 from reproductions.sepvit.model import ARCHITECTURES
@@ -16,7 +17,7 @@ from reproductions.sepvit.windows import Windows
 
 
 def build_on_meta(name: str, **options) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return harness.build(name, **options).eval()
 
 

@@ -9,6 +9,7 @@ from golden_tools import assert_matches, filled_state_dict, golden_cases, golden
 import harness
 from harness.errors import ReplivitError
 from harness.measurement.macs_fvcore import count_macs_fvcore
+from harness.meta import on_meta
 from reproductions.autoformer.space import get_space
 from reproductions.autoformer.supernet import Supernet
 from reproductions.tf_tas.conventions import count_flops
@@ -55,7 +56,7 @@ def test_logits_and_counts_of_the_found_subnet():
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts(name):
-    with torch.device("meta"):
+    with on_meta():
         model = harness.build(name)
     params, flops = COUNTS[name]
     assert params_of(model) == params
@@ -64,7 +65,7 @@ def test_counts(name):
 
 
 def test_the_formula_counts_the_patches_of_any_image():
-    with torch.device("meta"):
+    with on_meta():
         small, large = (tf_tas(1000, side) for side in (112, 224))
     assert count_flops(small, 112) < count_flops(large, 224) / 4  # a quarter of the patches
 
@@ -72,7 +73,7 @@ def test_the_formula_counts_the_patches_of_any_image():
 def test_found_subnets_fit_and_the_micro_one_lies_in_its_window():
     for name, config in FOUND.items():
         get_space(name).check_fits(config)
-    with torch.device("meta"):
+    with on_meta():
         micro = Supernet(get_space("micro"), 10, 32)
     low, high = MICRO_WINDOW
     assert get_space("micro").contains(FOUND["micro"])
@@ -100,7 +101,7 @@ def test_what_cannot_be_built_is_a_sentence(options, message):
 
 
 def test_a_checkpoint_of_another_supernet_is_named():
-    with torch.device("meta"):
+    with on_meta():
         other = Supernet(get_space("s"), 1000, 224).state_dict()
     with pytest.raises(ReplivitError, match=r"dimension 448 .* supernet of AutoFormer-T has 256"):
         harness.load_official("tf_tas_t", other)
@@ -165,7 +166,7 @@ def test_pit_spaces_hold_what_was_found_and_what_they_sample(name):
     low, high = space.params_of(space.smallest()), space.params_of(space.largest())
     assert low <= min(sizes) and max(sizes) <= high
     for config in (space.smallest(), PIT_FOUND[name]):
-        with torch.device("meta"):
+        with on_meta():
             built = PoolingTransformer(config, 10, 192)
         assert space.params_of(config, 10, 192) == params_of(built)
 

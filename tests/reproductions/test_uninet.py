@@ -18,6 +18,7 @@ import harness
 from harness.checkpoints import load_official
 from harness.measurement.macs import count_macs
 from harness.measurement.macs_fvcore import count_macs_fvcore
+from harness.meta import on_meta
 from reproductions.uninet import blocks, conventions, downsampling
 from reproductions.uninet.convert import from_official, our_name, rename
 from reproductions.uninet.layers import map_of, tokens_of
@@ -104,7 +105,7 @@ def test_logits_features_and_training_mode(golden):
 
 def test_every_block_has_the_authors_shape(golden):
     size = size_of(golden)
-    with torch.device("meta"):
+    with on_meta():
         model = harness.build(f"uninet_{size}")
         side = golden["img_size"]
         x = model.stem(torch.empty(golden["block_outputs"][0][2][0], 3, side, side))
@@ -117,7 +118,7 @@ def test_every_block_has_the_authors_shape(golden):
 
 def test_counts_of_the_fixture(golden):
     size = size_of(golden)
-    with torch.device("meta"):
+    with on_meta():
         model = harness.build(f"uninet_{size}")
     assert sum(one.numel() for one in model.parameters()) == golden["params"]
     assert conventions.macs(model, golden["img_size"]) == golden["macs_official"]
@@ -129,7 +130,7 @@ def test_counts_of_the_fixture(golden):
 @pytest.mark.parametrize("size", COUNTS)
 def test_parameters_and_macs_of_every_size(size):
     pixels, params, macs = COUNTS[size]
-    with torch.device("meta"):
+    with on_meta():
         model = harness.build(f"uninet_{size}")
     assert model.image_size == (pixels, pixels)
     assert sum(one.numel() for one in model.parameters()) == params
@@ -196,7 +197,7 @@ def test_a_checkpoint_as_the_authors_save_it(tmp_path, golden):
 def test_a_checkpoint_of_something_else_is_refused():
     with pytest.raises(harness.ReplivitError, match=r"no UniNet: it has no 'stem.0.weight'"):
         load_official("uninet_b1", {"patch_embed.proj.weight": torch.zeros(1)})
-    with torch.device("meta"):
+    with on_meta():
         small = harness.build("uninet_b0").state_dict()
     state = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in small.items()}
     with pytest.raises(harness.ReplivitError, match=r"does not fit uninet_b3.*it fits uninet_b0"):

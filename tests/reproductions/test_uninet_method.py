@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import harness
 from harness.deployment import deploy, relative_error
+from harness.meta import on_meta
 from harness.registry import get_variant
 from harness.training.recipe import read_recipe
 from reproductions.uninet.blocks import AttentionBlock, ConvBlock, DWConvBlock, MlpBlock
@@ -204,7 +205,7 @@ def test_deploying_twice_changes_nothing():
 
 
 def test_drop_path_rises_over_all_blocks():
-    with torch.device("meta"):
+    with on_meta():
         model, plain = (harness.build("uninet_b0", drop_path_rate=rate) for rate in (0.26, 0.0))
     rates = [
         getattr(one.drop_path, "drop_prob", 0.0)
@@ -265,7 +266,7 @@ def test_training_on_maps_of_any_layout_gives_the_same_gradients():
     ],
 )
 def test_what_cannot_be_built_says_why(changes, message):
-    with torch.device("meta"), pytest.raises(ValueError, match=message):
+    with on_meta(), pytest.raises(ValueError, match=message):
         uninet(**changes)
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import harness
+from harness.meta import on_meta
 from harness.record import RecordStore
 from reproductions.uninet import downsampling_experiment, search_experiment
 from reproductions.uninet.controller import PPO, Controller, Learner
@@ -44,7 +45,7 @@ def test_every_network_of_the_space_runs():
     rng = np.random.default_rng(0)
     space = SCALES["small"].space
     for _ in range(5):
-        with torch.device("meta"):
+        with on_meta():
             model = UniNet(space.architecture(space.sample(rng)), 10, 32)
             assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
 
