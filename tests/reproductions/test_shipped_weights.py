@@ -15,6 +15,7 @@ SLICE = 500
 ONE_SEED = {
     "manifold_distillation_teacher_micro",
     "nasvit_micro",
+    "sepvit_micro",
     "uninet_micro",
     "vit_slim_micro",
 }
