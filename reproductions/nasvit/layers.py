@@ -84,7 +84,7 @@ class Shortcut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C_in, H, W) -> (B, C_out, H / stride, W / stride)`, rounded up."""
         if self.stride > 1:
-            x = F.avg_pool2d(x, self.stride, padding=x.shape[-1] % 2)
+            x = F.avg_pool2d(x, self.stride, padding=int(x.shape[-1]) % 2)
         return x if self.conv is None or x.shape[1] == self.width else self.conv(x)
 
 

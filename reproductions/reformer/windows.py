@@ -110,7 +110,6 @@ class Windows:
         return near.as_strided(
             (near.shape[0], count, self.width, *near.shape[2:]),
             (near.stride(0), self.chunk * step, step, *near.stride()[2:]),
-            near.storage_offset(),
         )
 
     def _alike(self) -> bool:

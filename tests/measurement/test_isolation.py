@@ -94,7 +94,15 @@ def test_time_limit_ends_worker_and_what_it_started(fake, tmp_path):
     assert is_gone(int(mark.read_text()))
 
 
-def test_interrupt_ends_the_worker(fake):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where these tests run in the background of a shell that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt_ends_the_worker(fake, interruptible):
     process = fake._start()
     main, over = threading.main_thread().ident, threading.Event()
 

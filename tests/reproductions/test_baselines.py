@@ -105,8 +105,8 @@ def test_other_image_sizes(name, size):
         ("deit_ti", 225, "multiple of 16, not 225"),
         ("swin_t", 226, "multiple of 4, not 226"),
         ("vit_micro", (32, 30), r"multiple of 4, not \(32, 30\)"),
-        ("resnet50", 0, "must be positive"),
-        ("vit_micro", -32, "must be positive"),
+        ("resnet50", 0, "whole number of pixels"),
+        ("vit_micro", -32, "whole number of pixels"),
     ],
 )
 def test_image_sizes_that_cannot_be_are_one_sentence(name, size, message):

@@ -179,7 +179,7 @@ def test_bad_input_is_one_sentence(options, message):
     ("options", "message"),
     [
         ({"image_size": 225}, "multiple of 16, not 225"),
-        ({"image_size": 0}, "must be positive, not 0"),
+        ({"image_size": 0}, "whole number of pixels"),
         ({"num_heads": 5}, "192 does not divide into 5 heads"),
         ({"layers": 12}, "layers are 0 to 11"),
     ],

@@ -197,7 +197,7 @@ def test_a_network_for_224_takes_what_the_released_one_takes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 0}, "images of at least 1x1 pixels, not 0"),
+        ({"image_size": 0}, "whole number of pixels"),
         ({"image_size": 3, "stem_kernel": 4}, "images of at least 4x4 pixels, not 3"),
         ({"size": "huge"}, "no size 'huge'; there are lite, tiny"),
         ({"num_heads": (3, 2, 4, 8)}, "a width of 32 does not divide into 3 heads"),
