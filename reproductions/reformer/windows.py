@@ -121,8 +121,9 @@ class Windows:
     def blocks(self, lanes: int, device: torch.device) -> Iterator[tuple[int, int, bool]]:
         """Ranges of a round's chunks `(first, last + 1, whether they share a bias)`."""
         if self._alike() and self.per_round >= max(SHARED_BIAS_CHUNKS, self.parts):
-            edges = (0, self.before, self.per_round - self.after, self.per_round)
-            for start, stop, shared in zip(edges, edges[1:], (False, True, False), strict=False):
+            first, last = self.before, self.per_round - self.after
+            ranges = ((0, first, False), (first, last, True), (last, self.per_round, False))
+            for start, stop, shared in ranges:
                 if start < stop:
                     yield start, stop, shared
             return
