@@ -134,9 +134,9 @@ def test_losses_and_gradients_of_a_step(name):
              "token_loss": "token"}  # fmt: skip
     for theirs, ours in names.items():
         assert parts[ours].item() == pytest.approx(case[theirs], rel=1e-5), theirs
-    # Logarithms near -7 have 5e-7 between neighbours in float32. Both of p (log p - log q) are off by
-    # up to half of that, undiminished by the sum, in the fixture as here: how much, depends on the
-    # version of torch.
+    # Logarithms near -7 have 5e-7 between neighbours in float32. Both of p (log p - log q) are off
+    # by up to half of that, undiminished by the sum, in the fixture as here: how much, depends on
+    # the version of torch.
     rounding = 5e-7
     assert parts["kl"].item() == pytest.approx(case["cls_kl"], abs=rounding)
     logits, teacher = output.logits.detach().double(), answers[0].double()
