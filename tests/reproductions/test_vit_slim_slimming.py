@@ -303,7 +303,7 @@ def test_kept_tokens_belong_to_an_image_size():
     with pytest.raises(ValueError, match="chosen among 17, this image size has 145"):
         kept.with_tokens(145)
     skipping = [np.array(one) for one in (kept.tokens[0], *kept.tokens[1:])]
-    skipping[0] = ~kept.tokens[-1]
+    skipping[0] = ~kept.tokens[1]
     odd = Kept(kept.attention, kept.mlp, tuple(skipping), kept.heads)
     with pytest.raises(ValueError, match="a layer before it has dropped"):
         slim_to(searched(), odd)
