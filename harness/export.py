@@ -90,7 +90,8 @@ def export(model: nn.Module, path: Path | str, image_size: int | tuple[int, int]
 
 
 def _trace(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch", min=1)
+    # without an upper end, torch 2.6 finds that the batch might be its own infinity, and gives up
+    batch = torch.export.Dim("batch", min=1, max=2**31 - 1)
     try:
         with torch.no_grad():
             return torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
