@@ -43,10 +43,13 @@ def ratio_loss(decisions: Tensor, ratios: Sequence[float], per_image: bool = Tru
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of logits `(..., K)`, summed."""
-    return F.kl_div(
-        logits.log_softmax(dim=-1), teacher.log_softmax(dim=-1), reduction="sum", log_target=True
-    )
+    """KL(teacher || student) of logits `(..., K)`, summed.
+
+    In double precision: two logarithms near -7 nearly cancel, and in single precision their
+    rounding, 5e-7, would be the sum's fifth digit.
+    """
+    ours, theirs = (one.log_softmax(dim=-1, dtype=torch.float64) for one in (logits, teacher))
+    return F.kl_div(ours, theirs, reduction="sum", log_target=True).to(logits.dtype)
 
 
 def token_loss(features: Tensor, teacher: Tensor, mask: Tensor, kind: str = "mse") -> Tensor:
