@@ -98,6 +98,10 @@ def _uniform(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def _readable(row: dict[str, Any]) -> dict[str, str]:
     def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return "; ".join(f"{key} {text(one)}" for key, one in value.items())
+        if isinstance(value, list):
+            return f"[{', '.join(map(text, value))}]"
         if isinstance(value, float):
             return show(value, 4) if math.isfinite(value) else str(value)
         return "" if value is None else str(value)

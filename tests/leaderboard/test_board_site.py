@@ -173,6 +173,13 @@ def test_experiments_lesson_and_citation_are_on_the_page(tmp_path, home):
     assert "1 reproduced, 0 deviate, 0 not measured" in Page(site.index).words
 
 
+def test_cells_of_several_values_read_as_words(tmp_path, home):
+    rows = [{"name": "x", "tau": {"all": [-0.32, 0.591234], "equal": None}}]
+    store = make_store(tmp_path / "r", [experiment_record(rows=rows)])
+    page = Page(build_site(store, tmp_path / "s", [paper_with_everything(tmp_path)]).papers["p"])
+    assert "name tau x all [-0.3200, 0.5912]; equal" in page.words
+
+
 def test_a_shipped_result_shows_with_its_figure_where_nothing_ran(tmp_path, home):
     paper = paper_with_everything(tmp_path)
     folder = paper.directory / "results"
