@@ -110,7 +110,8 @@ def train(
         device: "cpu" or "cuda"; default CUDA where there is one.
         root: where the data lie (else `REPLIVIT_DATA`, ...).
         image_size: input side(s) in pixels; default the variant's, for a module the track's.
-        options: overrides of the variant's builder.
+        options: overrides of the variant's builder. For a module: what two of them may differ in
+            though their weights start alike; it is part of what the run is found by.
         name: how records call a module; default its class.
         evaluate: whether to score the result.
 

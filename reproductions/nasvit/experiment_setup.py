@@ -164,7 +164,8 @@ class Bench(SearchImages):
             objective=ConflictAware(**arm.objective), callbacks=(watch,),
             hold_out=self.held_out, device=setting.device, root=setting.root,
             image_size=setting.image_size, name=f"nasvit_{space.name}", evaluate=False,
-            quiet=setting.quiet,
+            # scales that are not switched have the same weights at first: only this tells the runs
+            options={} if arm.switched else {"switched": False}, quiet=setting.quiet,
         )  # fmt: skip
         return net, trained
 

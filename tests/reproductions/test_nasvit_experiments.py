@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import harness
+from harness import environment
 from harness.errors import ReplivitError
 from harness.training import train
 from reproductions.nasvit import experiment_setup
@@ -22,6 +23,7 @@ from reproductions.nasvit.named import named_configs
 from reproductions.nasvit.search import SLACK, TARGETS, find
 from reproductions.nasvit.space import MICRO, NASVIT, Config
 from reproductions.nasvit.supernet import Supernet
+from reproductions.nasvit.techniques import ARMS
 from reproductions.nasvit.training import ConflictAware
 
 SMALL = Settings(population=6, mutations=3, crossovers=3, iterations=4, min_macs=2, max_macs=8,
@@ -209,6 +211,8 @@ def test_experiments_run(home):
     assert table.rows[0]["trained"] == "all techniques"
     assert len(table.rows) == 6 and len(table.findings) == 5
     assert len({row["largest_top1"] for row in table.rows}) > 1, "arms differ"
+    runs = list((environment.home() / "training" / "nasvit_micro" / "fashion_mini").iterdir())
+    assert len(runs) == len(ARMS), "no two arms share a training"
 
 
 @pytest.mark.parametrize(
