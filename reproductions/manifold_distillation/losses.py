@@ -35,7 +35,7 @@ EPS = 1e-12
 #: Bytes of D at a time: about what a processor core caches, and what fills a GPU.
 BLOCK = {"cpu": 2 << 20, "cuda": 128 << 20}
 #: How many times fewer multiply-adds the form by channels must have: its value, a difference of
-#: large numbers, is less exact.
+#: large numbers, takes most of them in float64.
 WORTH = 2
 
 
@@ -142,6 +142,7 @@ class _ManifoldLoss(torch.autograd.Function):
             values, gradient = _compute(student, teacher, plan)
         total = sum(getattr(plan.weights, name) * value for name, value in values.items())
         dtype = torch.promote_types(student.dtype, torch.float32)
+        ctx.dtype = student.dtype
         if gradient is not None:
             ctx.save_for_backward(gradient)
         found = torch.stack(list(values.values())) if values else student.new_zeros(0)
@@ -154,7 +155,8 @@ class _ManifoldLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * scale.to(gradient.dtype), None, None
+        # rounded after the scale of a mixed-precision run came in: without it float16 has no room
+        return (gradient * scale.to(gradient.dtype)).to(ctx.dtype), None, None
 
 
 class _Points:
@@ -183,7 +185,7 @@ class _Points:
 def _compute(
     student: Tensor, teacher: Tensor, plan: _Plan
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The unweighted terms in float64, and the gradient of their weighted sum."""
+    """The unweighted terms in float64, and the gradient of their weighted sum, float32 or 64."""
     weights = plan.weights
     ours, theirs = _Points(student[:, plan.skip :]), _Points(teacher)
     images, tokens = teacher.shape[:2]
@@ -222,7 +224,6 @@ def _compute(
             values["full"] = square / total**2
     if gradient is not None:
         _through_normalisation(ours, part)
-        gradient = gradient.to(student.dtype)
     return values, gradient
 
 
@@ -275,15 +276,17 @@ def _by_points(
 
 def _by_channels(ours: Tensor, theirs: Tensor, into: Tensor | None, coefficient: float) -> Tensor:
     """By Gram matrices of the channels, `(G, C, C)`."""
-    own, cross = ours.mT @ ours, theirs.mT @ ours
+    a, t = ours.double(), theirs.double()
+    own, cross = a.mT @ a, t.mT @ a
     if into is not None:
-        into.baddbmm_(ours, own, alpha=coefficient).baddbmm_(theirs, cross, alpha=-coefficient)
-    return _square_of(own, theirs.mT @ theirs, cross)
+        into.baddbmm_(ours, own.to(ours.dtype), alpha=coefficient)
+        into.baddbmm_(theirs, cross.to(ours.dtype), alpha=-coefficient)
+    return _square_of(own, t.mT @ t, cross)
 
 
 def _square_of(own: Tensor, other: Tensor, cross: Tensor) -> Tensor:
-    """||D||^2 from A^T A, T^T T and T^T A: large numbers that nearly cancel, hence float64."""
-    squares = [one.double().square().sum() for one in (own, other, cross)]
+    """||D||^2 from A^T A, T^T T and T^T A in float64: large numbers that nearly cancel."""
+    squares = [one.square().sum() for one in (own, other, cross)]
     return (squares[0] + squares[1] - 2 * squares[2]).clamp_min(0)
 
 
@@ -307,15 +310,18 @@ def _whole(ours: _Points, theirs: _Points, gradient: Tensor | None, coefficient:
     other, device = theirs.tokens.shape[2], ours.tokens.device
     some = list(_blocks(images, tokens * (width + other), device))
     shapes = ((width, width), (other, other), (other, width))
-    own, theirs_own, cross = (ours.inverse.new_zeros(shape) for shape in shapes)
+    own, theirs_own, cross = (
+        ours.inverse.new_zeros(shape, dtype=torch.float64) for shape in shapes
+    )
     for one in some:
-        a, t = ours.images(one).flatten(0, 1), theirs.images(one).flatten(0, 1)
+        a, t = (side.images(one).flatten(0, 1).double() for side in (ours, theirs))
         own.addmm_(a.T, a)
         theirs_own.addmm_(t.T, t)
         cross.addmm_(t.T, a)
     if gradient is not None:
+        own_part, cross_part = (gram.to(gradient.dtype) for gram in (own, cross))
         for one in some:
-            change = ours.images(one) @ own - theirs.images(one) @ cross
+            change = ours.images(one) @ own_part - theirs.images(one) @ cross_part
             gradient[one].add_(change, alpha=4 * coefficient)
     return _square_of(own, theirs_own, cross)
 
