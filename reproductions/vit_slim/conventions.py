@@ -74,8 +74,8 @@ def matmul_macs(model: nn.Module, kept: Kept, dropped: bool = False) -> int:
     Args:
         dropped: tokens that a layer does not keep are gone, else all are computed.
     """
-    dim, patches = model.embed_dim, model.patch_embed.num_patches
-    total = patches * model.patch_embed.proj.weight.numel() + dim * model.num_classes
+    dim = model.embed_dim
+    total = _outside(model)
     own, hidden, tokens = kept.head_dims.sum(1), kept.hidden, kept.num_tokens
     if not dropped:
         tokens = np.full_like(tokens, len(kept.tokens[0]))
@@ -92,9 +92,10 @@ def _layers(model: nn.Module) -> list[tuple[int, int, int]]:
 
 
 def _outside(model: nn.Module) -> int:
-    """Patch embedding and head; the final norm is not counted."""
+    """Patch embedding and head (both of a distilled model); the final norm is not counted."""
     embedding = model.patch_embed.num_patches * model.patch_embed.proj.weight.numel()
-    return embedding + model.embed_dim * model.num_classes
+    heads = 1 if getattr(model, "head_dist", None) is None else 2
+    return embedding + heads * model.embed_dim * model.num_classes
 
 
 def _block(dim: int, heads: int, own: int, hidden: int, count: int) -> int:

@@ -11,11 +11,13 @@ from vit_slim_tools import filled, filled_state, micro, network_of
 import harness
 from harness.data import TRACKS
 from harness.measurement.macs import count_macs
+from harness.meta import on_meta
 from harness.training import read_recipe
 from harness.training.optim import create_optimizer, weight_decay_groups
 from reproductions.vit_slim import conventions
 from reproductions.vit_slim.masks import compress, decompress, penalties
 from reproductions.vit_slim.method import RELEASED_PROCESSES, SparsitySearch, released_search
+from reproductions.vit_slim.selection import constant_scores, random_scores
 from reproductions.vit_slim.slimming import slim
 
 FIXTURES = ("deit_micro", "deit_tiny", "deit_small")
@@ -226,6 +228,19 @@ def test_a_plain_deit_checkpoint_starts_a_search():
     model = harness.load_official("vit_slim_deit_ti", {"model": state})
     (case,) = (one for one in golden["cases"] if one["name"] == "soft_initial_masks")
     assert_matches(model(golden_input(case["input_shape"])), case)
+
+
+def test_both_heads_of_a_distilled_model_count():
+    with on_meta():
+        plain, distilled = (
+            harness.build("vit_slim_deit_ti", 1000, base=f"deit_ti{kind}")
+            for kind in ("", "_distilled")
+        )
+        layout = constant_scores(12, (3, 64), 768, 198)
+        small = slim(distilled, scores=random_scores(layout)).eval()
+    head = 192 * 1000
+    assert conventions.macs(distilled, 224) == conventions.macs(plain, 224) + head
+    assert conventions.matmul_macs(small, small.kept) == count_macs(small, 224).total
 
 
 def test_recipes_say_what_the_authors_did():
