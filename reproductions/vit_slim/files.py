@@ -47,12 +47,14 @@ def load_slim(path: str | Path) -> nn.Module:
         kept = Kept.from_dict(json.loads(about["kept"]), str(path))
     except (KeyError, TypeError, ValueError) as error:
         raise ReplivitError(f"{path} was not written by save_slim") from error
-    model = harness.build(name, classes, size)
-    if not hasattr(model, "kept"):
-        try:
+    try:
+        model = harness.build(name, classes, size)
+        if hasattr(model, "kept"):  # the variant has a shape of its own, perhaps another
+            model = harness.build(name, classes, size, kept=kept, mode=mode)
+        else:
             model = slim_to(model, kept, mode)
-        except ValueError as error:
-            raise ReplivitError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise ReplivitError(f"{path}: {error}") from error
     load_weights(model, path)
     return model.eval()
 

@@ -10,7 +10,7 @@ import harness
 from harness.patches import ImageSize
 from reproductions.vit_slim.files import read_kept
 from reproductions.vit_slim.masks import check_model, make_searchable
-from reproductions.vit_slim.selection import choose, constant_scores, random_scores
+from reproductions.vit_slim.selection import Kept, choose, constant_scores, random_scores
 from reproductions.vit_slim.slimming import slim_to
 
 HERE = Path(__file__).parent
@@ -51,7 +51,7 @@ def slimmed(
     mlp: float = 1.0,
     tokens: float = 1.0,
     mode: str = "exact",
-    kept: str | None = None,
+    kept: str | Kept | None = None,
     seed: int = 0,
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
@@ -66,7 +66,8 @@ def slimmed(
         base: the variant that is cut; a timm VisionTransformer.
         attention, mlp, tokens: budgets in (0, 1].
         mode: what becomes of dropped tokens: exact, drop or masked (see `slimming`).
-        kept: file of kept sets (YAML), in this directory or by path; then budgets play no role.
+        kept: kept sets, or their file (YAML), in this directory or by path; then budgets play no
+            role.
         seed: of the random choice, whatever the seed of the weights.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
@@ -77,7 +78,8 @@ def slimmed(
     """
     model = _built(base, num_classes, image_size, drop_rate, drop_path_rate)
     if kept is not None:
-        return slim_to(model, read_kept(HERE / kept), mode)
+        kept = kept if isinstance(kept, Kept) else read_kept(HERE / str(kept))
+        return slim_to(model, kept, mode)
     attn, hidden = model.blocks[0].attn, model.blocks[0].mlp.fc1.out_features
     count = model.patch_embed.num_patches + model.num_prefix_tokens
     layout = constant_scores(len(model.blocks), (attn.num_heads, attn.head_dim), hidden, count)

@@ -181,7 +181,7 @@ def slim(
     """A smaller copy of a searched network: `(B, 3, H, W) -> (B, num_classes)`, dense.
 
     Its outputs are those of the masked form (`masks.compress` with the same budgets) in the modes
-    `exact` and `masked`.
+    `exact` and `masked`. All its weights are trainable, whatever the search froze.
 
     Args:
         model: searched (`make_searchable`), or any timm vision transformer if `scores` are given.
@@ -190,8 +190,8 @@ def slim(
         mode: what becomes of dropped tokens: exact, drop or masked; see above.
         scores: rank by these instead of the learned masks (`random_scores`, `magnitude_scores`).
         token_rule: as in `selection.choose`.
-        soft: multiply the mask values of what is kept into the weights. By default a kept gate
-            counts 1, as in the authors' code.
+        soft: multiply the mask values of the dimensions and channels that are kept into the
+            weights. By default a kept gate counts 1, as in the authors' code; a token always does.
 
     Raises:
         ValueError: a budget outside (0, 1], an unknown mode, a model without masks, or tokens
@@ -227,6 +227,7 @@ def slim_to(
     for layer, block in enumerate(small.blocks):
         attn, hidden = block.attn, block.mlp
         if soft:
+            attn.kept = hidden.kept = None  # of a compressed model: its soft masks still stand
             _multiply(attn, hidden)
         here, wanted = carried[layer], kept.tokens[layer]
         dropped = len(wanted) - len(here) if mode == "exact" else 0
@@ -247,6 +248,7 @@ def slim_to(
         block.choose_tokens(places, seen)
         before = here
     small.kept, small.token_mode = kept, mode
+    small.requires_grad_(True)
     return small.train(training)
 
 

@@ -102,6 +102,21 @@ def test_soft_slimming_is_the_soft_network():
 
 
 @torch.no_grad()
+def test_soft_values_outlast_the_binary_masks():
+    model = searched()
+    wanted = slim(model, 0.5, 0.5, soft=True)(IMAGES)
+    compress(model, 0.5, 0.5)
+    assert torch.equal(slim(model, 0.5, 0.5, soft=True)(IMAGES), wanted)
+
+
+def test_what_a_search_froze_is_retrained():
+    model = searched()
+    for name, one in model.named_parameters():
+        one.requires_grad_("zeta" in name or "norm" in name)
+    assert all(one.requires_grad for one in slim(model, 0.5, 0.5).parameters())
+
+
+@torch.no_grad()
 def test_models_of_half_precision_are_cut_alike():
     """NumPy has no bfloat16; ranks do not need it."""
     model = searched()
@@ -210,6 +225,25 @@ def test_files_are_smaller_and_come_back(tmp_path):
     assert set(read_state_dict(tmp_path / "small.safetensors")) == set(small.state_dict())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kept": None, "attention": 0.5, "mlp": 0.4, "seed": 3},
+        {"kept": None, "tokens": 0.6, "mode": "drop"},
+        {"num_classes": 3, "image_size": 48},
+    ],
+)
+@torch.no_grad()
+def test_files_of_another_shape_than_the_variants_come_back(tmp_path, options):
+    """Also where the weights alone cannot tell: dropped tokens leave no trace in them."""
+    small = harness.build("vit_slim_micro", **options)
+    save_slim(small, tmp_path / "small.safetensors")
+    again = load_slim(tmp_path / "small.safetensors")
+    assert again.kept.as_dict() == small.kept.as_dict()
+    images = torch.randn(2, 3, *small.pretrained_cfg["input_size"][1:])
+    assert torch.equal(again(images), small(images))
+
+
 @torch.no_grad()
 def test_exports_with_dropped_tokens(tmp_path):
     small = slim(searched(depth=2), 0.45, 0.35, 0.7).eval()
@@ -239,6 +273,8 @@ def test_kept_sets_as_a_file(tmp_path):
             read_kept(tmp_path / "broken.yaml")
     with pytest.raises(ReplivitError, match="cannot be read"):
         read_kept(tmp_path / "missing.yaml")
+    with pytest.raises(ReplivitError, match="3 cannot be read as kept sets"):
+        harness.build("vit_slim_micro", kept=3)
 
 
 BAD = [
