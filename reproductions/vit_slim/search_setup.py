@@ -63,7 +63,7 @@ SCALES: dict[str, Setting] = {
         seeds=(0,), parent_epochs=1, search_epochs=1, epochs=1, budgets=(0.5,),
         train_images=128, test_images=100, quiet=True,
     ),
-    # hundreds of steps instead of sixty thousand: ten times the paper's penalty
+    # some 150 steps instead of sixty thousand: ten times the paper's penalty
     "small": Setting(),
     "paper": Setting(
         track="imagenet", parent="deit_s", variant="vit_slim_deit_s", seeds=(0,),
