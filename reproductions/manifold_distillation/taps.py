@@ -26,14 +26,17 @@ NO_STAGE = re.compile(r"(stem|act|conv|bn|patch_embed|pos|norm)")
 def block_names(model: nn.Module) -> list[str]:
     """The names of a network's blocks, in order, over all its stages.
 
-    Known are timm's models, which list their stages in `feature_info`, and whatever has `blocks`.
+    Known are timm's models, which list their stages in `feature_info`, and whatever has `blocks`
+    or `stages`.
     The blocks of CaiT that only the class token passes are not among them.
     """
     info = getattr(model, "feature_info", None) or ()
     stages = [one["module"] for one in info if not NO_STAGE.match(one["module"])]
-    if not stages and isinstance(getattr(model, "blocks", None), nn.Module):
-        stages = ["blocks"]
+    if all(re.fullmatch(r"blocks\.\d+", one) for one in stages):
+        stages = []  # one list, of which perhaps not every block is named
     names = [name for stage in stages for name in _inside(model, stage)]
+    # timm's MViT and Twins name stages that they do not have
+    names = names or _inside(model, "blocks") or _inside(model, "stages")
     return list(dict.fromkeys(names))
 
 

@@ -135,6 +135,9 @@ def test_training_step_equals_the_fixture(golden, networks, name):
         ("swin_tiny_patch4_window7_224", 12, "layers.0.blocks.0", "layers.3.blocks.1"),
         ("convnext_tiny", 18, "stages.0.blocks.0", "stages.3.blocks.2"),
         ("resnet50", 16, "layer1.0", "layer4.2"),
+        ("hiera_tiny_224", 12, "blocks.0", "blocks.11"),  # timm lists the last of each stage
+        ("mvitv2_tiny", 10, "stages.0.blocks.0", "stages.3.blocks.1"),
+        ("twins_svt_small", 18, "blocks.0.0", "blocks.3.3"),
     ],
 )
 def test_blocks_are_found(name, count, first, last):
