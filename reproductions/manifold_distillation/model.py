@@ -79,7 +79,7 @@ def teacher_micro(
         ValueError: the image does not divide into patches, or the width into heads.
     """
     patch_grid(image_size, 4, "the micro teacher")
-    if embed_dim % num_heads:
+    if num_heads < 1 or embed_dim % num_heads:
         raise ValueError(
             f"the micro teacher: embed_dim {embed_dim} does not divide into {num_heads} heads"
         )

@@ -77,12 +77,18 @@ def choose_setting(scale: str, changes: Mapping[str, Any]) -> Setting:
     """The setting of a scale with single fields changed.
 
     Raises:
-        ReplivitError: unknown scale or field, no seed or budget, a budget outside (0, 1].
+        ReplivitError: unknown scale, field or recipe, no seed or budget, a budget outside (0, 1], a
+            negative weight of the penalty. All before anything is trained.
     """
     counts = ("parent_epochs", "search_epochs", "epochs", "train_images", "test_images")
     setting = choose(SCALES, scale, changes, least=dict.fromkeys(counts, 1))
     if not setting.budgets or any(not 0 < one <= 1 for one in setting.budgets):
         raise ReplivitError(f"budgets must lie in (0, 1], not {setting.budgets!r}")
+    penalty = (setting.attention, setting.mlp, setting.tokens)
+    if not min(penalty) >= 0:
+        raise ReplivitError(f"the weights of the penalty must be 0 or more, not {penalty}")
+    for recipe in (search_recipe, retraining_recipe):
+        recipe(setting)
     return replace(setting, budgets=tuple(sorted(set(setting.budgets), reverse=True)))
 
 

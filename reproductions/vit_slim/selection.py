@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -194,7 +194,13 @@ def threshold(values: Sequence[NDArray[np.floating]], budget: float, kind: str) 
 
 
 def random_scores(like: Scores, seed: int = 0) -> Scores:
-    """Uniform scores in the layout of others: the rival that knows nothing."""
+    """Uniform scores in the layout of others: the rival that knows nothing.
+
+    Raises:
+        ValueError: a seed that is no whole number from 0 on.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed must be a whole number from 0 on, not {seed!r}")
     rng = np.random.default_rng(seed)
     attention, mlp, tokens = (
         tuple(rng.random(one.shape) for one in kind)

@@ -356,6 +356,12 @@ def test_variants_bring_their_objective():
     assert one != two, "runs with other weights are other runs"
 
 
+@pytest.mark.parametrize("heads", [0, 5])
+def test_the_micro_teacher_needs_heads_that_divide(heads):
+    with pytest.raises(ValueError, match=f"64 does not divide into {heads} heads"):
+        harness.build("manifold_distillation_teacher_micro", num_heads=heads)
+
+
 def test_training_with_the_objective_runs_and_repeats(tmp_path):
     teacher = harness.build("manifold_distillation_teacher_micro")
     nn.init.normal_(teacher.head.weight)  # it starts at zero, and would answer nothing

@@ -83,6 +83,9 @@ def test_claims_cite_rows_that_were_run():
     ("changes", "message"),
     [
         ({"budgets": (0.5, 1.2)}, r"budgets must lie in \(0, 1\]"),
+        ({"attention": -1}, r"weights of the penalty must be 0 or more, not \(-1, "),
+        ({"search_recipe": "no_such"}, "no recipe 'no_such'"),
+        ({"recipe": "no_such"}, "no recipe 'no_such'"),
         ({"seeds": ()}, "seeds must be whole numbers"),
         ({"epochs": 0}, "epochs must be a whole number from 1 on"),
         ({"depth": 3}, "no option 'depth'; there are"),

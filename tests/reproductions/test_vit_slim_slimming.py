@@ -170,6 +170,9 @@ def test_other_rankings():
     model = searched()
     learned = learned_scores(model)
     uniform = random_scores(learned, 0)
+    for seed in (-1, "a", 0.5):
+        with pytest.raises(ValueError, match=f"number from 0 on, not {seed!r}"):
+            random_scores(learned, seed)
     one, two = choose(uniform, 0.5, 0.5), choose(random_scores(learned, 1), 0.5, 0.5)
     assert one.head_dims.sum() == two.head_dims.sum() == 48
     assert any((a != b).any() for a, b in zip(one.mlp, two.mlp, strict=True))
