@@ -20,12 +20,13 @@ def from_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ReplivitError: no vision transformer with a class token, or a zero mask that was trained.
     """
     entries = {key.removeprefix("module."): value for key, value in state_dict.items()}
-    if "cls_token" not in entries or "patch_embed.proj.weight" not in entries:
-        first = next(iter(entries), "nothing at all")
-        raise ReplivitError(
-            "this checkpoint is no vision transformer with a class token: it lacks 'cls_token' or "
-            f"'patch_embed.proj.weight' and starts with {first!r}"
-        )
+    for key in ("cls_token", "patch_embed.proj.weight"):
+        if key not in entries:
+            first = next(iter(entries), "nothing at all")
+            raise ReplivitError(
+                "this checkpoint is no vision transformer with a class token: it lacks "
+                f"{key!r} and starts with {first!r}"
+            )
     for key, value in entries.items():
         if key.endswith("out_zero_mask") and value.any():
             raise ReplivitError(f"{key} is not zero: this checkpoint is damaged")

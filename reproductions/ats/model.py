@@ -7,8 +7,9 @@ still those of all tokens; from the next block on the others are gone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ _CLASSES = {
 
 def insert_ats(
     model: VisionTransformer,
-    stages: Sequence[int] | None = None,
+    stages: int | Sequence[int] | None = None,
     tokens: Tokens = 1.0,
     mode: str = "paper",
     layout: str = "auto",
@@ -176,13 +177,13 @@ def insert_ats(
         stages = range(-(-depth // 4), depth)
     stages = _checked_stages(stages, depth)
     limits = _limits(tokens, stages, patches, mode)
-    if mode not in CHOICES and (model.num_prefix_tokens != 1 or set(limits) != {patches}):
+    if mode not in CHOICES and (model.num_prefix_tokens != 1 or set(limits.values()) != {patches}):
         raise ValueError(
             f"the released code runs with one class token and its limit at all {patches} patches "
             "only; for fewer take mode 'paper'"
         )
     model.__class__ = _CLASSES[type(model)]
-    model.ats = Settings(mode, dict(zip(stages, limits, strict=True)), layout)
+    model.ats = Settings(mode, limits, layout)
     return model
 
 
@@ -190,7 +191,7 @@ def ats(
     num_classes: int,
     image_size: int | tuple[int, int],
     base: str,
-    stages: Sequence[int] | None = None,
+    stages: int | Sequence[int] | None = None,
     tokens: Tokens = 1.0,
     mode: str = "paper",
     layout: str = "auto",
@@ -234,38 +235,50 @@ def _check_model(model: VisionTransformer) -> None:
             raise ValueError("ATS does not go into gated attention")
 
 
-def _checked_stages(stages: Sequence[int], depth: int) -> list[int]:
-    found = sorted({int(stage) for stage in stages})
-    if len(found) != len(list(stages)) or not found:
-        raise ValueError(f"stages must be different blocks, at least one, not {list(stages)}")
-    for stage in found:
-        if not 0 <= stage < depth:
-            raise ValueError(f"there is no block {stage}: stages are 0 to {depth - 1}")
-    return found
+def _checked_stages(stages: int | Sequence[int], depth: int) -> list[int]:
+    given = list(stages) if isinstance(stages, Iterable) else [stages]
+    for stage in given:
+        if not _is_whole(stage) or not 0 <= stage < depth:
+            raise ValueError(f"there is no block {stage!r}: stages are 0 to {depth - 1}")
+    if len(set(given)) != len(given) or not given:
+        raise ValueError(f"stages must be different blocks, at least one, not {given}")
+    return [int(stage) for stage in given]
 
 
-def _limits(tokens: Tokens, stages: list[int], patches: int, mode: str) -> list[int]:
-    """The limit of every stage in samples."""
-    single = isinstance(tokens, int | float)
+def _limits(tokens: Tokens, stages: list[int], patches: int, mode: str) -> dict[int, int]:
+    """The limit of every stage in samples; stages and their limits come in the same order, the
+    answer is in that of the network."""
+    single = not isinstance(tokens, Iterable) or isinstance(tokens, str)
     given = [tokens] * len(stages) if single else list(tokens)
     if len(given) != len(stages):
         raise ValueError(f"{len(given)} token limits for {len(stages)} stages")
-    if mode == "tokenreduction" and single and isinstance(tokens, float):
-        given = [_ratio(tokens) ** (1 + place) for place in range(len(stages))]
-        return [int(ratio * patches) + 1 for ratio in given]
-    limits = [
-        one if isinstance(one, int) else max(1, round(_ratio(one) * patches)) for one in given
-    ]
+    if mode == "tokenreduction" and single and not _is_whole(tokens):
+        stages, most = sorted(stages), patches + 1
+        limits = [int(_ratio(tokens) ** (1 + place) * patches) + 1 for place in range(len(stages))]
+    else:
+        limits = [
+            int(one) if _is_whole(one) else max(1, round(_ratio(one) * patches)) for one in given
+        ]
+        most = patches
     for limit in limits:
-        if not 1 <= limit <= patches:
+        if not 1 <= limit <= most:
             raise ValueError(f"tokens must be 1 to {patches}, the image's patches, not {limit}")
-    return limits
+    if mode == "tokenreduction" and min(limits) < 2:
+        raise ValueError(
+            "mode 'tokenreduction' draws one sample less than its limit: tokens must leave every "
+            f"stage a limit of at least 2, not {limits}"
+        )
+    return dict(sorted(zip(stages, limits, strict=True)))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _ratio(value: float) -> float:
-    if not 0 < value <= 1:
-        raise ValueError(f"a fraction of the tokens lies in (0, 1], not {value}")
-    return value
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+        raise ValueError(f"a fraction of the tokens lies in (0, 1], not {value!r}")
+    return float(value)
 
 
 def _shapes_must_be_fixed(x: Tensor) -> bool:

@@ -49,8 +49,11 @@ def sample_counts(cdf: Tensor, limit: int) -> Tensor:
     whose CDF is nearest (the first one of two). That token is the j-th exactly if the sample lies
     between the points halfway to its neighbours' CDFs, so counting the samples below each of these
     points says everything, and nothing has to be searched.
+
+    Where the CDF is not a number, the last token takes all samples: a network that has diverged
+    shall answer with what it has become, and not fail for want of tokens.
     """
-    below = ((cdf[..., :-1] + cdf[..., 1:]) * (limit / 2) + 0.5).floor()
+    below = ((cdf[..., :-1] + cdf[..., 1:]) * (limit / 2) + 0.5).floor().nan_to_num(0.0)
     return (F.pad(below, (0, 1), value=limit) - F.pad(below, (1, 0))).long()
 
 

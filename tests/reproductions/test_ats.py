@@ -323,6 +323,8 @@ def test_zero_masks_are_left_out_and_must_be_zero():
         from_official(state)
     with pytest.raises(harness.ReplivitError, match="no vision transformer with a class token"):
         from_official({"stem.weight": torch.zeros(1)})
+    with pytest.raises(harness.ReplivitError, match="lacks 'cls_token' and starts with 'patch_"):
+        from_official({"patch_embed.proj.weight": torch.zeros(1)})
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ import copy
 import pickle
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -112,6 +113,23 @@ def test_no_image_keeps_more_than_the_limit(mode, limit):
         assert counts == [[limit] * 6] * 3
     elif limit == 16:
         assert len(set(counts[-1])) > 1, "the number of tokens must depend on the image"
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("mode", CHOICES)
+@torch.inference_mode()
+def test_what_is_no_number_stays_none(mode, layout):
+    model = small_model(mode=mode, tokens=12, layout=layout)
+    x = images(3)
+    x[1] = torch.nan
+    assert model(x).isnan().all(1).tolist() == [False, True, False]
+
+
+def test_limits_belong_to_the_stages_they_were_given_with():
+    assert small_model((3, 1), (4, 9)).ats.limits == {1: 9, 3: 4}
+    assert small_model((3, 1), 0.5, "tokenreduction").ats.limits == {1: 9, 3: 5}
+    assert small_model(2, np.int64(5)).ats.limits == {2: 5}
+    assert small_model((1, 2), np.float32(0.5)).ats.limits == {1: 8, 2: 8}
 
 
 @torch.inference_mode()
@@ -291,6 +309,13 @@ def test_copies_and_pickles_sample_alike():
         ({"stages": [-1]}, "there is no block -1: stages are 0 to 5"),
         ({"stages": []}, "at least one"),
         ({"stages": [2, 2]}, "different blocks"),
+        ({"stages": 6}, "there is no block 6: stages are 0 to 5"),
+        ({"stages": [2.5]}, r"there is no block 2\.5: stages are 0 to 5"),
+        ({"stages": "abc"}, "there is no block 'a': stages are 0 to 5"),
+        ({"tokens": True}, r"a fraction of the tokens lies in \(0, 1\], not True"),
+        ({"tokens": "half"}, r"a fraction of the tokens lies in \(0, 1\], not 'half'"),
+        ({"tokens": None}, r"a fraction of the tokens lies in \(0, 1\], not None"),
+        ({"mode": "tokenreduction", "tokens": 0.1}, r"at least 2, not \[7, 1, 1, 1\]"),
         ({"mode": "best"}, "no ATS mode 'best'; there are paper, tokenreduction"),
         ({"layout": "nested"}, "no layout 'nested'"),
         ({"mode": "released", "tokens": 0.5}, "limit at all 64 patches only"),
