@@ -51,17 +51,15 @@ class DynamicLVViT(DynamicViT):
             num_classes, *args, embed_dim=embed_dim, mlp_ratio=3.0, qkv_bias=False, norm_eps=1e-5,
             residual_scale=0.5, embed=lambda size, patch, dim: ConvStem(patch, dim), **kwargs,
         )  # fmt: skip
-        self.aux_head = nn.Linear(embed_dim, num_classes)
-        self._init_head(self.aux_head)
-
-    def _init_head(self, layer: nn.Linear) -> None:
-        nn.init.trunc_normal_(layer.weight, std=0.02)
-        nn.init.zeros_(layer.bias)
+        self.aux_head = self._classifier()
+        if num_classes > 0:
+            nn.init.trunc_normal_(self.aux_head.weight, std=0.02)
+            nn.init.zeros_(self.aux_head.bias)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New, untrained classifiers."""
+        """New, untrained classifiers; 0 classes leave the features."""
         super().reset_classifier(num_classes, global_pool)
-        self.aux_head = nn.Linear(self.num_features, num_classes)
+        self.aux_head = self._classifier()
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits `(B, K)` of `forward_features`' tokens, or the class token `(B, C)`."""

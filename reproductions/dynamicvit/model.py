@@ -52,7 +52,7 @@ class DynamicViT(nn.Module):
     """A vision transformer with class token that drops tokens as it goes.
 
     Args:
-        num_classes: number of classes.
+        num_classes: number of classes; with 0 the answer is the features.
         image_size: pixels, a multiple of the patch size.
         keep_ratio: share of the patches that stays, see `schedule.keep_ratios`.
         pruning_loc: blocks (from 0) before which tokens are dropped; `()` is the dense network.
@@ -112,7 +112,7 @@ class DynamicViT(nn.Module):
             for rate in rates
         )
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        self.head = nn.Linear(embed_dim, num_classes)
+        self.head = self._classifier()
         if scorer == "predictor":
             scorers = [Predictor(embed_dim) for _ in self.pruning_loc]
         elif scorer == "random":
@@ -143,9 +143,14 @@ class DynamicViT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, untrained classifier."""
+        """A new, untrained classifier; 0 classes leave the features."""
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes)
+        self.head = self._classifier()
+
+    def _classifier(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        return nn.Linear(self.num_features, self.num_classes)
 
     def keep_counts(self, image_size: ImageSize | None = None) -> tuple[int, ...]:
         """Patches left after each stage, for images of `image_size` or of the model's own size."""
@@ -233,7 +238,8 @@ class DynamicViT(nn.Module):
                 alive = self._decide(len(decisions), x, alive, noise)
                 decisions.append(alive)
                 keep = nn.functional.pad(alive, (1, 0), value=1.0)
-            # While nothing is masked, eps changes less than float32 can tell: plain attention.
+            # While nothing is masked, eps moves no weight by more than a millionth, which no output
+            # shows at 1e-5: plain attention.
             x = block(x, keep)
         logits, features = self.describe(self.norm(x))
         return TrainingOutput(logits, features, alive.detach(), torch.stack(decisions, dim=1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Literal
 
 Ratios = float | Sequence[float]
@@ -14,15 +15,15 @@ def pruning_blocks(pruning_loc: int | Sequence[int], depth: int) -> tuple[int, .
     Raises:
         ValueError: a block that does not exist, or stands twice.
     """
-    blocks = (pruning_loc,) if isinstance(pruning_loc, int) else tuple(pruning_loc)
-    wrong = [one for one in blocks if type(one) is not int or not 0 <= one < depth]
+    blocks = tuple(pruning_loc) if isinstance(pruning_loc, Iterable) else (pruning_loc,)
+    wrong = [one for one in blocks if not _is(one, Integral) or not 0 <= one < depth]
     if wrong:
         raise ValueError(
             f"pruning_loc: there is no block {wrong[0]!r}; blocks are numbered 0 to {depth - 1}"
         )
     if list(blocks) != sorted(set(blocks)):
         raise ValueError(f"pruning_loc must name each block once, in order, not {list(blocks)}")
-    return blocks
+    return tuple(int(one) for one in blocks)
 
 
 def keep_ratios(
@@ -37,8 +38,8 @@ def keep_ratios(
         ValueError: a ratio outside (0, 1], one that grows again where tokens cannot come back, or
             another number of ratios than of stages.
     """
-    if isinstance(keep_ratio, (int, float)):
-        _in_range(keep_ratio, "keep_ratio")
+    if not isinstance(keep_ratio, Iterable) or isinstance(keep_ratio, str):
+        keep_ratio = _in_range(keep_ratio, "keep_ratio")
         if law == "geometric":
             return tuple(keep_ratio ** (stage + 1) for stage in range(stages))
         ratios = tuple(keep_ratio - 0.2 * stage for stage in range(stages))
@@ -48,11 +49,10 @@ def keep_ratios(
                 f"{stages} stages keeps 0.2 less than the one before"
             )
         return ratios
-    ratios = tuple(keep_ratio)
-    if len(ratios) != stages:
-        raise ValueError(f"keep_ratio has {len(ratios)} values for {stages} pruning stages")
-    for ratio in ratios:
-        _in_range(ratio, "every keep_ratio")
+    given = tuple(keep_ratio)
+    if len(given) != stages:
+        raise ValueError(f"keep_ratio has {len(given)} values for {stages} pruning stages")
+    ratios = tuple(_in_range(ratio, "every keep_ratio") for ratio in given)
     if law == "geometric" and list(ratios) != sorted(ratios, reverse=True):
         raise ValueError(
             f"keep_ratio counts from all tokens, and dropped ones never come back: its values "
@@ -61,9 +61,15 @@ def keep_ratios(
     return ratios
 
 
-def _in_range(ratio: float, what: str) -> None:
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+def _in_range(ratio: float, what: str) -> float:
+    if not _is(ratio, Real) or not 0 < ratio <= 1:
         raise ValueError(f"{what} must be above 0 and at most 1, not {ratio!r}")
+    return float(ratio)
+
+
+def _is(value: object, kind: type) -> bool:
+    """Whether `value` is such a number, Python's or numpy's; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def keep_counts(num_tokens: int, ratios: Sequence[float]) -> tuple[int, ...]:

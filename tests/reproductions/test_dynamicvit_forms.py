@@ -1,10 +1,12 @@
 """DynamicViT's two forms, dropping and masking, against each other; its rivals and other bases."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import harness
+from harness.meta import on_meta
 from reproductions.dynamicvit.model import dynamicvit_micro
 from reproductions.dynamicvit.predictor import RandomOrder
 
@@ -117,6 +119,24 @@ def test_other_bases_at_another_size_and_deployed(name):
     rebuilt = harness.build(f"dynamicvit_{name}_k07", 5, 64, pruning_loc=[]).eval()
     rebuilt.load_state_dict(state)
     assert torch.equal(rebuilt(x), dense(x)) and not torch.allclose(dense(x), logits)
+
+
+@pytest.mark.parametrize("name", ["micro", "lvvit_s_k07", "swin_t_k07", "convnext_t_k07"])
+@torch.no_grad()
+def test_without_classes_the_features_are_the_answer(name):
+    with on_meta():
+        model = harness.build(f"dynamicvit_{name}", num_classes=0, image_size=64).eval()
+        x = torch.empty(2, 3, 64, 64)
+        assert model(x).shape == (2, model.num_features)
+        model.reset_classifier(5)
+        assert model(x).shape == (2, 5)
+        model.reset_classifier(0)
+        assert model(x).shape == (2, model.num_features)
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = dynamicvit_micro(10, 32, np.float64(0.5), [np.int64(2), np.int64(4)])
+    assert model.keep_ratios == (0.5, 0.25) and model.pruning_loc == (2, 4)
 
 
 @torch.no_grad()
