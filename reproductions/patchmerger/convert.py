@@ -10,6 +10,7 @@ import re
 
 from torch import Tensor
 
+from harness.errors import ReplivitError
 from reproductions.patchmerger.model import spread_layers
 
 #: vit-pytorch's names inside a layer.
@@ -54,19 +55,24 @@ def from_vit_pytorch(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """vit-pytorch's names (`vit_with_patch_merger`); its merger is taken to stand in the middle.
 
     Raises:
-        KeyError: a name that such a model does not have.
+        ReplivitError: a name that such a model does not have.
     """
     middle = _depth(state, r"transformer\.layers\.(\d+)\.") // 2
     converted = {}
     for key, value in state.items():
         module, _, kind = key.rpartition(".")
+        found = re.match(r"transformer\.layers\.(\d+)\.(.+)", module)
         if key in OUTSIDE:
             name = OUTSIDE[key]
-        elif found := re.match(r"transformer\.layers\.(\d+)\.(.+)", module):
+        elif found and found[2] in LAYER:
             name = f"blocks.{found[1]}.{LAYER[found[2]]}.{kind}"
         elif key.startswith("transformer.patch_merger."):
             name = f"blocks.merger{middle}.{key.removeprefix('transformer.patch_merger.')}"
-        else:
+        elif module in OUTSIDE:
             name = f"{OUTSIDE[module]}.{kind}"
+        else:
+            raise ReplivitError(
+                f"this checkpoint is not vit-pytorch's ViT with a merger, which has no {key!r}"
+            )
         converted[name] = value
     return converted

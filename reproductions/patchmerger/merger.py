@@ -30,7 +30,7 @@ class PatchMerger(nn.Module):
             nearly a choice of one token, through which hardly any gradient flows.
 
     Raises:
-        ValueError: fewer than one output, or not a whole number.
+        ValueError: fewer than one output, not a whole number, or a negative `init_std`.
     """
 
     def __init__(
@@ -43,10 +43,12 @@ class PatchMerger(nn.Module):
         init_std: float | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(num_outputs, int) or num_outputs < 1:
+        if not isinstance(num_outputs, int) or isinstance(num_outputs, bool) or num_outputs < 1:
             raise ValueError(
-                f"a merger gives a whole number of tokens, at least 1, not {num_outputs}"
+                f"a merger gives a whole number of tokens, at least 1, not {num_outputs!r}"
             )
+        if init_std is not None and not init_std >= 0:
+            raise ValueError(f"init_std must not be negative, not {init_std}")
         self.num_prefix_tokens = num_prefix_tokens
         self.scale = dim**-0.5 if scale else 1.0
         self.init_std = init_std if init_std is not None else 1.0 if scale else dim**-0.5

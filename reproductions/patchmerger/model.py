@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ def kept(keep_ratio: float, num_patches: int, stages: int) -> list[int]:
     Raises:
         ValueError: the ratio is outside (0, 1], or so small that nothing is left.
     """
-    if not 0 < keep_ratio <= 1:
-        raise ValueError(f"keep_ratio must lie in (0, 1], not {keep_ratio}")
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, Real) or not 0 < keep_ratio <= 1:
+        raise ValueError(f"keep_ratio must lie in (0, 1], not {keep_ratio!r}")
     counts = [int(num_patches * keep_ratio ** (stage + 1)) for stage in range(stages)]
     if counts[-1] < 1:
         raise ValueError(

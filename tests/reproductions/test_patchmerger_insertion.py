@@ -13,7 +13,7 @@ import harness
 from harness.measurement.macs import count_macs
 from harness.meta import on_meta
 from harness.training.recipe import read_recipe
-from reproductions.patchmerger.convert import from_token_reduction
+from reproductions.patchmerger.convert import from_token_reduction, from_vit_pytorch
 from reproductions.patchmerger.insertion import (
     assignments,
     insert_merger,
@@ -109,6 +109,13 @@ def build_dense_ti() -> dict[str, torch.Tensor]:
     }
 
 
+def test_foreign_checkpoints_are_refused_by_name():
+    with pytest.raises(harness.ReplivitError, match="which has no 'cls_token'"):
+        harness.load_official("patchmerger_vit_ti", build_dense_ti())
+    with pytest.raises(harness.ReplivitError, match=r"no 'transformer\.layers\.0\.7\.weight'"):
+        from_vit_pytorch({"transformer.layers.0.7.weight": torch.zeros(1)})
+
+
 def test_recipe_of_inserted_mergers_is_that_of_its_source():
     recipe = read_recipe("inserted", harness.get_variant("patchmerger_deit_s_k07"))
     assert (recipe.epochs, recipe.warmup_epochs, recipe.lr_updates) == (30, 20, "step")
@@ -154,6 +161,9 @@ def test_other_image_sizes_use_the_same_queries():
         ({"num_outputs": 0}, "at least 1, not 0"),
         ({"num_outputs": -3}, "at least 1, not -3"),
         ({"num_outputs": 8.0}, "whole number of tokens, at least 1, not 8.0"),
+        ({"num_outputs": True}, "whole number of tokens, at least 1, not True"),
+        ({"init_std": -1.0}, "init_std must not be negative, not -1.0"),
+        ({"keep_ratio": "0.5"}, r"must lie in \(0, 1\], not '0.5'"),
         ({"layers": 6}, "no block 6 .* layers are 0 to 5"),
         ({"layers": -1}, "no block -1 .* layers are 0 to 5"),
         ({"layers": (2, 2)}, "a merger before block 2 already"),
