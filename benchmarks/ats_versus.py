@@ -104,7 +104,7 @@ def compare(base: str, batch: int, arguments: argparse.Namespace, table: Table) 
         good, note, faster = True, "", speedup(own)
         if name in macs:
             ratio = whole / macs[name]
-            good = faster.high / ratio >= BAR
+            good = faster.value / ratio >= BAR
             note = f"MACs {ratio:.2f}x, reached {faster.value / ratio:.0%}"
         if name == "released":
             note = f"{timings['authors'].median / own.median:.2f}x as fast as theirs"
