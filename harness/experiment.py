@@ -13,6 +13,7 @@ from harness.environment import home
 from harness.errors import ReplivitError
 from harness.record import Conditions, Record, RecordStore, make_record, new_run_id
 from harness.registry import get_experiment
+from harness.settings import checked_options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,7 +83,8 @@ def run(
 ) -> ExperimentResult:
     """Rerun the experiment `<paper>/<name>` and record its table.
 
-    The experiment's function is called as `function(scale=scale, **options)`.
+    The experiment's function is called as `function(scale=scale, **options)`; what its annotations
+    call numbers is read as such (`harness.settings.checked_options`).
 
     Raises:
         ReplivitError: unknown experiment, scale or option.
@@ -90,7 +92,7 @@ def run(
     experiment = get_experiment(name)
     function: Callable[..., ExperimentResult] = experiment.paper.resolve(experiment.spec.run)
     started, tick = datetime.now(timezone.utc), time.perf_counter()
-    result = function(scale=scale, **options)
+    result = function(scale=scale, **checked_options(function, options))
     result.name, result.title, result.scale = name, experiment.spec.title, scale
     folder = home() / "experiments" / name
     result.figure_files = save_figures(result.figures, folder)

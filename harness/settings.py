@@ -11,8 +11,9 @@ of settings starts with `from __future__ import annotations`.
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -76,6 +77,37 @@ def choose(
     setting = replace(base, **changes)
     _check_device(getattr(setting, "device", None))
     return setting
+
+
+def checked_options(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a function that has each of them as a parameter, numbers read as in `choose`.
+
+    What a parameter's annotation does not call a number or several passes as it is, and so does
+    everything that only `**options` takes.
+
+    Raises:
+        ReplivitError: an option that the function does not take, or one that is no number.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    kinds = {
+        one.name: str(one.annotation)
+        for one in parameters
+        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+    }
+    any_name = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    checked = dict(options)
+    for name, value in options.items():
+        if name not in kinds and not any_name:
+            known = ", ".join(one for one in kinds if one != "scale")
+            raise ReplivitError(f"no option {name!r}; there are {known}")
+        kind, _, optional = kinds.get(name, "").partition(" | ")
+        if optional not in ("", "None") or (value is None and optional):
+            continue
+        if ONE.fullmatch(kind):
+            checked[name] = _number(name, value, kind)
+        elif (found := SEVERAL.fullmatch(kind)) and found[1] != "str":
+            checked[name] = _several(name, value, found[1])
+    return checked
 
 
 def as_seeds(given: int | str | Iterable[int]) -> tuple[int, ...]:
