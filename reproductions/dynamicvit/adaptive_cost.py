@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 import harness
-from harness import Conditions, ExperimentResult, Finding
+from harness import Conditions, ExperimentResult, Finding, ReplivitError
 from harness.data import load_split
 from harness.measurement.macs import count_macs_distribution
 from harness.measurement.macs_fvcore import count_macs_fvcore
@@ -61,6 +61,8 @@ def adaptive_cost(
     """
     count, times = of_scale(SCALES, scale)
     count, times = images or count, repeats or times
+    if harness.get_variant(variant).paper.key != "dynamicvit":
+        raise ReplivitError(f"{variant} is no variant of DynamicViT: it keeps every token")
     model, origin = trained(variant, parent, track, weights, root, tiny=scale == "tiny")
     dense = harness.build(parent, model.num_classes).eval()
     sample = sample_images(model, track, count, root=root)

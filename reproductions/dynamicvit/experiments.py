@@ -65,7 +65,7 @@ SETTINGS = {
 def keep_ratio(
     scale: str = "small",
     *,
-    bases: Sequence[str] | None = None,
+    bases: str | Sequence[str] | None = None,
     batch_sizes: Sequence[int] | None = None,
     ratios: Sequence[float] | None = None,
     deployed: bool = False,
@@ -122,9 +122,10 @@ def keep_ratio(
     )  # fmt: skip
 
 
-def _groups(setting: Setting, bases: Sequence[str] | None) -> list[tuple]:
+def _groups(setting: Setting, bases: str | Sequence[str] | None) -> list[tuple]:
     if bases is None:
         return list(setting.timed)
+    bases = [bases] if isinstance(bases, str) else bases
     known = {group[0]: group for group in SETTINGS["paper"].timed}
     for base in bases:
         if base not in known:

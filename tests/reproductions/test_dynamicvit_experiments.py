@@ -127,11 +127,17 @@ def test_keep_ratio_runs(own_home):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"scale": "huge"}, "no scale 'huge'"), ({"bases": ["vgg"]}, "no base 'vgg'; known: deit_ti")],
+    [
+        ({"scale": "huge"}, "no scale 'huge'"),
+        ({"bases": ["vgg"]}, "no base 'vgg'; known: deit_ti"),
+        ({"bases": "vgg"}, "no base 'vgg'; known: deit_ti"),
+        ({"base": "deit_ti"}, "no option 'base'; there are bases, batch_sizes, ratios"),
+        ({"batch_sizes": "eight"}, "option batch_sizes must be a whole number, not 'eight'"),
+    ],
 )
 def test_keep_ratio_refuses(options, message):
     with pytest.raises(ReplivitError, match=message):
-        experiments.keep_ratio(**options)
+        harness.run("dynamicvit/keep_ratio", **options)
 
 
 # adaptive cost
@@ -142,6 +148,11 @@ def adaptive_result(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REPLIVIT_HOME", str(tmp_path_factory.mktemp("adaptive")))
         return adaptive.adaptive_cost("tiny", images=6, repeats=3)
+
+
+def test_adaptive_cost_is_for_variants_of_this_paper():
+    with pytest.raises(ReplivitError, match="vit_micro is no variant of DynamicViT"):
+        adaptive.adaptive_cost("tiny", variant="vit_micro")
 
 
 def test_cost_is_the_same_for_every_image(adaptive_result):
