@@ -84,7 +84,7 @@ def kept(keep_ratio: float, num_patches: int, stages: int) -> list[int]:
     if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, Real) or not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio must lie in (0, 1], not {keep_ratio!r}")
     counts = [int(num_patches * keep_ratio ** (stage + 1)) for stage in range(stages)]
-    if counts[-1] < 1:
+    if 0 in counts:
         raise ValueError(
             f"keep_ratio {keep_ratio} leaves none of {num_patches} patches after {stages} mergers; "
             f"the least is {num_patches ** (-1 / stages):.3f}"

@@ -236,6 +236,7 @@ def test_kept_tokens():
     assert kept(0.5, 196, 3) == [98, 49, 24]
     assert kept(0.25, 196, 3) == [49, 12, 3]
     assert kept(1, 196, 3) == [196] * 3
+    assert kept(0.7, 196, 0) == []
     assert spread_layers(12, 1) == [6] and spread_layers(12, 3) == [3, 6, 9]
 
 

@@ -199,6 +199,11 @@ def test_bad_input_of_the_pooled_layout(options, message):
         harness.build("patchmerger_vit_ti", **options)
 
 
+def test_without_places_there_is_no_merger():
+    model = build_on_meta("patchmerger_deit_ti_k07", layers=())
+    assert mergers(model) == {} and len(model.blocks) == 12
+
+
 def test_dense_parent_of_the_pooled_layout():
     dense = build_on_meta("patchmerger_vit_s", layers=())
     assert mergers(dense) == {}
