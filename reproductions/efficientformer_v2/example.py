@@ -129,7 +129,9 @@ middle.axhline(0, color="0.8", linewidth=0.8, zorder=0)
 middle.set(
     xlabel="score gained", ylabel="accuracy lost, points", title="All first steps of the search"
 )
-middle.legend(frameon=False, loc="best")
+low, high = middle.get_ylim()
+middle.set_ylim(low, high + 0.35 * (high - low))  # room for the legend
+middle.legend(frameon=False, loc="upper right")
 right.plot([step.mes for step in steps], [step.accuracy for step in steps], "o-", color="C3")
 right.set(xlabel="Mobile Efficiency Score", ylabel="top-1, % (shared weights)", title="The walk")
 for axes in (left, middle, right):
