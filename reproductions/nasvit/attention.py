@@ -129,10 +129,12 @@ class Attention(nn.Module):
         if (
             self.training
             or torch.compiler.is_compiling()
-            or any(one.is_meta or one.is_inference() for one in sources)
+            or any(one.is_inference() for one in sources)
             or (torch.is_grad_enabled() and any(one.requires_grad for one in sources))
         ):
             return self._mix()
+        if any(one.is_meta for one in sources):
+            return self._mix(_summed)  # nothing to keep, and counters see what they see elsewhere
         state = tuple((one._version, one.data_ptr(), one.device, one.dtype) for one in sources)
         if self._kept is None or self._kept[0] != state:
             with torch.inference_mode(False), torch.no_grad():

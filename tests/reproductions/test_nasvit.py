@@ -122,6 +122,7 @@ def test_counts(name):
     assert leaves == round(1e6 * detail["official_counter_params_m"])
     assert macs_of(NASVIT, config) == fixture["macs_official"] == fixture["macs_exact_integer"]
     assert count_macs(Subnet(NASVIT, config), 224).total == fixture["macs_official"]
+    assert count_macs(dense, 224).total == fixture["macs_official"], "without memory, too"
 
 
 def test_sampling_mutation_and_crossover_repeat_the_released_draws():
