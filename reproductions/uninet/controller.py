@@ -59,6 +59,10 @@ class Controller(nn.Module):
         return torch.stack(made, 1), torch.stack(log_probs, 1), torch.stack(entropies, 1)
 
 
+#: So many deviations of a batch from the baseline, and its own spread is no scale.
+MOST_DEVIATIONS = 100
+
+
 @dataclass(frozen=True)
 class PPO:
     """How a controller learns from a batch of rewards.
@@ -112,7 +116,11 @@ class Learner:
         mean = float(rewards.mean())
         self.baseline = mean if self.baseline is None else self.baseline
         # a fixed scale would need to know the rewards' size beforehand
-        advantage = (rewards - self.baseline) / (rewards.std(unbiased=False) + 1e-8)
+        distance, spread = rewards - self.baseline, rewards.std(unbiased=False) + 1e-8
+        # networks that are all but alike tell a direction and no size: one step of 1e9 deviations
+        # would leave Adam's averages so large that nothing is learnt afterwards
+        tied = distance.abs().max() > MOST_DEVIATIONS * spread
+        advantage = distance.sign() if tied else distance / spread
         decay = self.settings.baseline_decay
         self.baseline = decay * self.baseline + (1 - decay) * mean
         with torch.no_grad():

@@ -98,6 +98,18 @@ def test_learning_makes_rewarded_decisions_likely():
     assert after[0] > before[0] and (after[1:3] < before[1:3]).all()
 
 
+def test_a_batch_of_equal_networks_does_not_end_the_learning():
+    """A controller that is nearly sure draws one network four times; its rewards do not differ."""
+    learner = Learner((3, 3), PPO(), seed=0)
+    made = torch.tensor([[0, 0], [1, 1], [2, 2], [0, 2]])
+    learner.learn(made, torch.tensor([50.0, 60.0, 55.0, 52.0]))
+    learner.learn(made[1:2].expand(4, -1), torch.full((4,), 50.0))
+    for _ in range(12):
+        learner.learn(made, torch.tensor([70.0, 60.0, 55.0, 52.0]))
+    with torch.no_grad():
+        assert learner.controller(chosen=made)[1].sum(1).exp()[0] > 0.5
+
+
 # ---- the search ----------------------------------------------------------------------------------
 
 
