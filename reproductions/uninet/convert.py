@@ -40,9 +40,21 @@ def our_name(key: str) -> str:
 
 
 def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Entries of a network, or of one of its modules, under our names and in our shapes."""
+    """Entries of a network, or of one of its modules, under our names and in our shapes.
+
+    A convolution block without squeeze-and-excite numbers its last two layers one lower.
+    """
+    without = {found[1] for key in state_dict if (found := re.match(r"(.*\bb2\.)3\.weight$", key))}
+
+    def as_with(key: str) -> str:
+        found = re.fullmatch(r"(.*\bb2\.)([34])\.(\w+)", key)
+        known = found is not None and found[1] in without
+        return f"{found[1]}{int(found[2]) + 1}.{found[3]}" if known else key
+
     return {
-        our_name(key): value.flatten(1) if re.search(r"\.3\.fc[12]\.weight$", key) else value
+        our_name(as_with(key)): (
+            value.flatten(1) if re.search(r"\.3\.fc[12]\.weight$", key) else value
+        )
         for key, value in state_dict.items()
     }
 

@@ -180,6 +180,24 @@ def test_module(case):
         assert conventions.macs(module, case["config"]["input_size"]) == case["macs_fvcore"]
 
 
+def test_without_squeeze_and_excite_layers_are_numbered_one_lower():
+    """The authors' option `use_se=False`, beside a block that has it."""
+    plain, usual = (blocks.DWConvBlock(16, 24, 2, 2, use_se=one) for one in (False, True))
+    theirs = {
+        "residual.1": "residual.conv", "b1.0": "expand.0", "b1.1": "expand.1", "b1.2": "expand.2",
+        "b2.0": "depthwise", "b2.1": "depthwise_norm", "b2.3": "project", "b2.4": "project_norm",
+    }  # fmt: skip
+    ours, state = plain.state_dict(), {}
+    for head, name in theirs.items():
+        own = {key: ours[key] for key in ours if key.rpartition(".")[0] == name}
+        state |= {f"blocks.0.{head}.{key.rpartition('.')[2]}": own[key] for key in own}
+    se = {"blocks.1.b2.3.fc1.bias": usual.se.fc1.bias, "blocks.1.b2.4.bias": usual.project.bias}
+    renamed = rename({**state, **se})
+    assert {"blocks.1.se.fc1.bias", "blocks.1.project.bias"} < set(renamed)
+    assert all(torch.equal(renamed[f"blocks.0.{key}"], value) for key, value in ours.items())
+    assert len(renamed) == len(ours) + 2
+
+
 # ---- loading -------------------------------------------------------------------------------------
 
 
