@@ -94,7 +94,8 @@ def choose_setting(scale: str, changes: Mapping[str, Any]) -> Setting:
     Raises:
         ReplivitError: an unknown scale or option, no seed or epoch, or a network that is none.
     """
-    return choose(SCALES, scale, changes, least={"epochs": 1})
+    least = {"epochs": 1, "train_images": 1, "test_images": 1, "tolerance": 0}
+    return choose(SCALES, scale, changes, least)
 
 
 def networks_of(setting: Setting, names: Sequence[str] = ARMS) -> dict[str, Architecture]:

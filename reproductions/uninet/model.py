@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from math import ceil, inf
+from math import ceil, isfinite
 from typing import Any
 
 import torch
@@ -115,8 +115,11 @@ class Architecture:
 
 
 def _is_size(value: Any, whole: bool = True) -> bool:
-    kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < inf
+    return _is_number(value) and value > 0 and (isinstance(value, int) or not whole)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 _BASE = Architecture()
@@ -159,7 +162,7 @@ class UniNet(nn.Module):
         drop_rate: of the dropout before the classifier.
 
     Raises:
-        ValueError: a size that cannot be built, or an empty image.
+        ValueError: a size that cannot be built, an empty image, or a rate that is none.
     """
 
     def __init__(
@@ -177,6 +180,13 @@ class UniNet(nn.Module):
         self.image_size = tuple(to_2tuple(image_size))
         if min(self.image_size) < 1:
             raise ValueError(f"image_size must be positive, not {image_size}")
+        for name, value in (
+            ("init_values", init_values),
+            ("drop_path_rate", drop_path_rate),
+            ("drop_rate", drop_rate),
+        ):
+            if not _is_number(value):
+                raise ValueError(f"{name} must be a number, not {value!r}")
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must lie in [0, 1), not {drop_path_rate}")
         self.num_classes = num_classes

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from harness import Conditions, Record, make_record
+from harness import Conditions, Record, ReplivitError, make_record
 from harness.data import ImageDataset, hold_out, load_split
 from harness.evaluation import evaluate
 from harness.measurement.macs import count_macs
@@ -109,10 +109,15 @@ def _images(track: str, root: str | None, count: int) -> tuple[ImageDataset, int
     """The held-out images, and how many they are, when `count` stay for training.
 
     Raises:
-        DataError: no image would be held out.
+        ReplivitError: no image would be held out.
     """
     whole = load_split(track, "train", root)
     hidden = len(whole) - count
+    if hidden < 1:
+        raise ReplivitError(
+            f"{track} has {len(whole):,} training images: of {count:,} that train a candidate, "
+            "none is left to judge it"
+        )
     return hold_out(whole, hidden)[1], hidden
 
 

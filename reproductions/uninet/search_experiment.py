@@ -129,7 +129,8 @@ def _train_winner(setting: Setting, name: str, trace: Trace, seed: int) -> Recor
     architecture = setting.space.architecture(trace.best.genes)
     whole, hold_out = setting.test_images is None, 0
     if setting.train_images is not None:
-        hold_out = len(load_split(setting.track, "train", setting.root)) - setting.train_images
+        whole_split = len(load_split(setting.track, "train", setting.root))
+        hold_out = max(0, whole_split - setting.train_images)
     trained = train(
         variant_for(setting.track), setting.track, None, seed, epochs=setting.final_epochs,
         device=setting.device, root=setting.root, image_size=setting.image_size, evaluate=whole,

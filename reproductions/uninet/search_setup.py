@@ -88,5 +88,7 @@ def choose_setting(scale: str, options: Mapping[str, Any]) -> Setting:
     Raises:
         ReplivitError: an unknown scale or option, no seed, no CUDA device, or an impossible space.
     """
-    counts = ("evaluations", "batch", "images", "epochs", "judged_on", "target")
-    return choose(SCALES, scale, options, least=dict.fromkeys(counts, 1))
+    counts = ("evaluations", "batch", "images", "epochs", "judged_on", "target", "train_images",
+              "test_images")  # fmt: skip
+    least = {**dict.fromkeys(counts, 1), "final_epochs": 0, "workers": 0}
+    return choose(SCALES, scale, options, least)

@@ -263,6 +263,9 @@ def test_training_on_maps_of_any_layout_gives_the_same_gradients():
         ({"architecture": "b1"}, "an architecture has block_ops, ds_ops, repeats"),
         ({"size": ["b1"]}, "no size .'b1'.; there are b0"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate must lie in \[0, 1\), not 1.0"),
+        ({"drop_path_rate": "a"}, "drop_path_rate must be a number, not 'a'"),
+        ({"drop_rate": True}, "drop_rate must be a number, not True"),
+        ({"init_values": float("nan")}, "init_values must be a number, not nan"),
     ],
 )
 def test_what_cannot_be_built_says_why(changes, message):

@@ -179,6 +179,8 @@ def test_candidates_never_see_the_images_that_judge_them(proxy):
 
     held, hidden = _images("fashion_mini", None, proxy.images)
     assert hidden == len(held) == 10_000 - 64 and "held out of train" in held.split
+    with pytest.raises(harness.ReplivitError, match="10,000 training images: of 20,000 that train"):
+        _images("fashion_mini", None, 20_000)
 
 
 def test_search_runs_and_tells_what_it_did(tmp_path, monkeypatch):
@@ -196,6 +198,7 @@ def test_search_options_are_checked():
     for options, message in (
         ({"no_such": 1}, "no option 'no_such'"),
         ({"evaluations": 0}, "evaluations must be a whole number from 1 on, not 0"),
+        ({"final_epochs": -1}, "final_epochs must be a whole number from 0 on, not -1"),
         ({"seeds": ()}, "seeds must be whole numbers that differ"),
         ({"space": {"repeats": []}}, "needs options that differ"),
         ({"space": {"no_such": 1}}, "option space"),
@@ -238,6 +241,7 @@ def test_downsampling_options_are_checked():
         ("huge", {}, "no scale 'huge'"),
         ("tiny", {"arms": ["no such"]}, "no arm 'no such'; there are: strided"),
         ("tiny", {"epochs": 0}, "epochs must be a whole number from 1 on, not 0"),
+        ("tiny", {"test_images": 0}, "test_images must be a whole number from 1 on, not 0"),
         ("tiny", {"no_such": 0}, "no option 'no_such'"),
         ("tiny", {"network": {"repeats": [1]}}, "option network: repeats must have one entry"),
     ):
