@@ -32,8 +32,11 @@ def supernet(
         ValueError: no such space or network, a configuration outside the space, or images that are
             not square.
     """
+    if not isinstance(switched, bool):
+        raise ValueError(f"switched must be true or false, not {switched!r}")
+    known = get_space(space)
     chosen = None if config is None else _config(config, space)
-    return Supernet(get_space(space), num_classes, image_size, switched, chosen)
+    return Supernet(known, num_classes, image_size, switched, chosen)
 
 
 def subnet(

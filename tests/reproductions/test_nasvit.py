@@ -325,7 +325,9 @@ def test_images_must_be_square():
         with pytest.raises(ValueError, match="square images, not 224x192"):
             harness.build("nasvit_min", image_size=(224, 192))
         with pytest.raises(ValueError, match="no space 'nano'"):
-            harness.build("nasvit_supernet", space="nano")
+            harness.build("nasvit_supernet", space="nano", config="min")
+        with pytest.raises(ValueError, match="switched must be true or false, not 'no'"):
+            harness.build("nasvit_supernet", switched="no")
     with pytest.raises(ValueError, match="at least one batch"):
         calibrate(Supernet(MICRO, 10, 32), [])
 
