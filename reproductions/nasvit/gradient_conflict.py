@@ -130,7 +130,8 @@ def _findings(found: Found) -> list[Finding]:
             "deviates" if left else "reproduced",
             f"the plain sum points against the subnets in {100 * (plain < 0).mean():.2f} % of "
             f"{plain.size} tensors, the projected one in {100 * (projected < 0).mean():.2f} %, "
-            f"{left} of them where the projection is not limited by its bound",
+            f"{left} of them in the {100 * (~exempt).mean():.0f} % where nothing limits the "
+            "projection: neither its bound nor what is added to the squared norm",
         ),
     ]  # fmt: skip
 

@@ -11,7 +11,8 @@ import torch
 import harness
 from harness import environment
 from harness.errors import ReplivitError
-from harness.training import train
+from harness.registry import get_variant
+from harness.training import read_recipe, train
 from reproductions.nasvit import experiment_setup
 from reproductions.nasvit.conflict import measure_conflict
 from reproductions.nasvit.counting import macs_of, params_of
@@ -240,6 +241,21 @@ def test_findings_follow_the_numbers():
 
 
 def test_recipes_of_the_experiments_are_read():
-    for scale in experiment_setup.SCALES:
-        setting = experiment_setup.SCALES[scale]
-        assert (experiment_setup.RECIPES / f"{setting.recipe}.yaml").is_file()
+    """The simplified one hardly regularises; what it replaces does."""
+    for setting in experiment_setup.SCALES.values():
+        weak, strong = (
+            read_recipe(experiment_setup.RECIPES / f"{name}.yaml")
+            for name in (setting.recipe, setting.strong_recipe)
+        )
+        assert weak.weight_decay == 0 < strong.weight_decay
+        assert weak.mixup <= 0.01 < strong.mixup and weak.random_erasing < strong.random_erasing
+
+
+def test_recipe_on_imagenet_is_the_released_one():
+    recipe = read_recipe("imagenet", get_variant("nasvit_supernet"))
+    assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs) == (400, 64, 5)
+    rates = (recipe.peak_lr, recipe.warmup_lr, recipe.min_lr)  # all follow the batch there
+    assert rates == pytest.approx([64 / 512 * one for one in (3e-4, 5e-7, 5e-6)])
+    assert (recipe.mixup, recipe.cutmix, recipe.random_erasing) == (0.01, 0.01, 0.01)
+    assert recipe.augment == "rand-n1-m1-mstd0.5-inc1" and not recipe.drop_path
+    assert recipe.ema_decay == 0.99985 and recipe.ema_final
