@@ -40,8 +40,7 @@ class SlicedConv2d(Conv2d):
     width: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias[: self.width]  # there is one once folded
-        return self._conv_forward(x, self.weight[: self.width, : x.shape[1]], bias)
+        return self._conv_forward(x, self.weight[: self.width, : x.shape[1]], None)
 
 
 class SlicedDepthwise(Depthwise):
@@ -54,8 +53,7 @@ class SlicedDepthwise(Depthwise):
         kernel = self.kernel or full
         cut = slice((full - kernel) // 2, (full + kernel) // 2)
         weight = self.weight[:width, :, cut, cut]
-        bias = None if self.bias is None else self.bias[:width]
-        return F.conv2d(x, weight, bias, self.stride, kernel // 2, groups=width)
+        return F.conv2d(x, weight, None, self.stride, kernel // 2, groups=width)
 
 
 class SlicedLinear(nn.Linear):
