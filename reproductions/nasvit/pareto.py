@@ -7,6 +7,7 @@ not see; the test split judges what it found, beside the smallest, the largest a
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,13 @@ from harness.evolution import Workers
 from harness.statistics import mcnemar
 from reproductions.nasvit.counting import macs_of, params_of
 from reproductions.nasvit.evolution import Evolution, SearchResult, Settings, config_of
-from reproductions.nasvit.experiment_setup import ALL, Bench, Setting, choose_setting
+from reproductions.nasvit.experiment_setup import (
+    ALL,
+    SCALES,
+    Bench,
+    Setting,
+    choose_setting,
+)
 from reproductions.nasvit.judging import BLUE, GREEN, GREY, ORANGE
 from reproductions.nasvit.space import Config, get_space
 from reproductions.nasvit.supernet import Supernet
@@ -27,6 +34,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BUCKETS = 12  # into which the space's range of multiply-adds is divided
+#: Options that make another search of the same supernet.
+SIZES = ("population", "mutations", "crossovers", "iterations", "search_images",
+         "calibration_batches")  # fmt: skip
 
 
 def pareto(scale: str = "small", **options: Any) -> ExperimentResult:
@@ -81,7 +91,6 @@ def _search(setting: Setting, bench: Bench, supernet: Supernet, weights: str) ->
         population=setting.population, mutations=setting.mutations, crossovers=setting.crossovers,
         iterations=setting.iterations, min_macs=low, max_macs=high, bucket=(high - low) / BUCKETS,
     )  # fmt: skip
-    state = home() / "searches" / "nasvit" / setting.track / f"pareto-{weights[:12]}.jsonl"
     identity = {
         "weights": weights,
         "images": setting.search_images,
@@ -90,9 +99,19 @@ def _search(setting: Setting, bench: Bench, supernet: Supernet, weights: str) ->
     with Workers(bench.judge(supernet, searching=True), setting.workers) as fitness:
         search = Evolution(
             space, fitness, settings, num_classes=bench.num_classes, seed=setting.seeds[0],
-            state=state, identity=identity,
+            state=scores_file(setting, weights), identity=identity,
         )  # fmt: skip
         return search.run()
+
+
+def scores_file(setting: Setting, weights: str) -> Path:
+    """Where a search keeps its scores: a file per supernet, named by what is not as at `small`, so
+    that a search of another size leaves the first one's scores alone."""
+    usual = SCALES["small"]
+    sizes = {name: getattr(setting, name) for name in SIZES}
+    told = "".join(f"-{key}{one}" for key, one in sizes.items() if one != getattr(usual, key))
+    folder = home() / "searches" / "nasvit" / setting.track
+    return folder / f"pareto-{weights[:12]}{told}.jsonl"
 
 
 def _row(

@@ -21,6 +21,7 @@ from reproductions.nasvit.experiment_setup import choose_setting
 from reproductions.nasvit.fitness import SubnetAccuracy
 from reproductions.nasvit.judging import judge
 from reproductions.nasvit.named import named_configs
+from reproductions.nasvit.pareto import scores_file
 from reproductions.nasvit.search import SLACK, TARGETS, find
 from reproductions.nasvit.space import MICRO, NASVIT, Config
 from reproductions.nasvit.supernet import Supernet
@@ -214,6 +215,14 @@ def test_experiments_run(home):
     assert len({row["largest_top1"] for row in table.rows}) > 1, "arms differ"
     runs = list((environment.home() / "training" / "nasvit_micro" / "fashion_mini").iterdir())
     assert len(runs) == len(ARMS), "no two arms share a training"
+
+
+def test_a_search_of_another_size_has_its_own_scores():
+    usual, longer = choose_setting("small", {}), choose_setting("small", {"iterations": 5})
+    one, two = scores_file(usual, "a" * 64), scores_file(longer, "a" * 64)
+    assert one.name == "pareto-aaaaaaaaaaaa.jsonl"
+    assert two.name == "pareto-aaaaaaaaaaaa-iterations5.jsonl"
+    assert scores_file(choose_setting("small", {"workers": 2}), "a" * 64) == one
 
 
 @pytest.mark.parametrize(
