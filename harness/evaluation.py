@@ -31,8 +31,10 @@ from harness.data import (
 )
 from harness.errors import ReplivitError
 from harness.paper import InputSpec
-from harness.record import Conditions, Record, make_record, new_run_id
+from harness.record import Conditions, Record, bits_of, make_record, new_run_id
 from harness.statistics import wilson_interval
+
+__all__ = ["Hits", "bits_of", "evaluate", "model_input", "variant_of"]
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Size = tuple[int, int]
@@ -156,19 +158,6 @@ def evaluate(
         _record(subject.name, metric, bits, conditions, detail, common)
         for metric, bits in counted.items()
     ]
-
-
-def bits_of(record: Record) -> np.ndarray:
-    """The right/wrong bits `(N,)` bool of an accuracy record, in the order of its images.
-
-    Raises:
-        ReplivitError: the record keeps none.
-    """
-    text, count = record.detail.get("bits"), record.detail.get("n")
-    if not isinstance(text, str) or not isinstance(count, int):
-        raise ReplivitError(f"the {record.metric} record of {record.variant} keeps no bits")
-    packed = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
-    return np.unpackbits(packed, count=count).astype(bool)
 
 
 def _record(

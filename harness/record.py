@@ -7,23 +7,29 @@ and skips it. Two writers lose nothing.
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import fcntl
 import json
-import math
 import os
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from harness.environment import Environment, capture, home
 from harness.errors import ReplivitError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 SCHEMA_VERSION = 1
+#: A number beyond it is nobody's measurement, and pages could not scale it.
+LARGEST = 1e100
 
 #: Every metric a record may carry, with its one unit.
 METRICS: dict[str, str] = {
@@ -91,8 +97,8 @@ class Record(BaseModel):
     reason: str | None = None
     conditions: Conditions
     environment: Environment
-    started: datetime
-    duration_s: float = Field(ge=0)
+    started: AwareDatetime
+    duration_s: float = Field(ge=0, le=LARGEST)
     detail: dict[str, Any] = Field(default_factory=dict, description="raw samples, tables, ...")
 
     @field_validator("metric")
@@ -113,14 +119,25 @@ class Record(BaseModel):
     @field_validator("value")
     @classmethod
     def _finite(cls, value: float | int | None) -> float | int | None:
-        if isinstance(value, float) and not math.isfinite(value):
+        if value is not None and not _is_finite(value):
             raise ValueError("a value must be finite; use status and reason instead")
         return value
+
+    @field_validator("interval")
+    @classmethod
+    def _interval_in_order(cls, ends: tuple[float, float] | None) -> tuple[float, float] | None:
+        if ends is not None and not (all(map(_is_finite, ends)) and ends[0] <= ends[1]):
+            raise ValueError("an interval must have two finite ends, the lower one first")
+        return ends
 
     @property
     def measured(self) -> bool:
         """Whether there is a number to show (also when it is marked noisy or contended)."""
         return self.value is not None
+
+
+def _is_finite(value: float | int) -> bool:
+    return abs(value) <= LARGEST  # false for what is not a number, and of any size for whole ones
 
 
 def new_run_id() -> str:
@@ -152,6 +169,27 @@ def make_record(
         duration_s=duration_s,
         **fields,
     )
+
+
+def bits_of(record: Record) -> np.ndarray:
+    """The right/wrong bits `(N,)` bool of an accuracy record, in the order of its images.
+
+    Raises:
+        ReplivitError: the record keeps none, or others than it says.
+    """
+    import numpy as np
+
+    text, count = record.detail.get("bits"), record.detail.get("n")
+    about = f"the {record.metric} record of {record.variant}"
+    if not isinstance(text, str) or type(count) is not int:
+        raise ReplivitError(f"{about} keeps no bits")
+    try:
+        packed = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
+    except ValueError as error:
+        raise ReplivitError(f"{about} keeps no bits that can be read") from error
+    if not 0 <= 8 * len(packed) - count < 8:
+        raise ReplivitError(f"{about} keeps bits of another number of images than {count}")
+    return np.unpackbits(packed, count=count).astype(bool)
 
 
 def records_schema() -> dict[str, Any]:
@@ -198,7 +236,8 @@ class RecordStore:
             if written != len(line):
                 raise OSError(28, "No space left on device")
         except OSError:
-            stream.truncate(end)
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                stream.truncate(end)
             raise
 
     def __iter__(self) -> Iterator[Record]:

@@ -8,17 +8,14 @@ own machine; a time ratio without a counterpart there may meet another machine's
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from harness.errors import ReplivitError
-from harness.record import Record, RecordStore, read_records
+from harness.record import Record, RecordStore, bits_of, read_records
 from harness.registry import Paper
 from harness.statistics import mcnemar
 from leaderboard.columns import COLUMNS, show, status_words
@@ -83,7 +80,7 @@ def _records_of_json(path: Path) -> Iterable[Record]:
         raise ReplivitError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise ReplivitError(f"{path} is not JSON") from error
-    if not isinstance(data, dict) or "records" not in data:
+    if not isinstance(data, dict) or not isinstance(data.get("records"), list):
         raise ReplivitError(f"{path} is no leaderboard.json: it has no list 'records'")
     if data.get("schema_version") != 1:
         raise ReplivitError(f"{path}: schema version {data.get('schema_version')!r} is not known")
@@ -177,11 +174,10 @@ def _significance(metric: str, old: Cell, new: Cell) -> str | None:
 
 def _bits(cell: Cell) -> Any:
     """The right/wrong bits `(N,)` of a single run, if its record keeps them; else None."""
-    text, count = cell.record.detail.get("bits"), cell.record.detail.get("n")
-    if len(cell.records) != 1 or not text or not count:
+    try:
+        return tuple(bits_of(cell.record)) if len(cell.records) == 1 else None
+    except ReplivitError:
         return None
-    packed = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
-    return tuple(np.unpackbits(packed, count=int(count)))
 
 
 def _same_images(old: Cell, new: Cell) -> bool:

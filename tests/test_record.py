@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+from datetime import datetime
 
 import pytest
 
@@ -14,6 +15,7 @@ from harness.record import (
     Conditions,
     Record,
     RecordStore,
+    bits_of,
     make_record,
     read_records,
     records_schema,
@@ -41,6 +43,10 @@ def test_round_trip(tmp_path):
         {"metric": "speed"},
         {"value": float("nan")},
         {"value": float("inf")},
+        {"value": 10**400},
+        {"interval": (float("nan"), 1.0)},
+        {"interval": (2.0, 1.0)},
+        {"started": datetime(2026, 1, 1)},
         {"surprise": 1},
         {"duration_s": -1.0},
     ],
@@ -115,6 +121,12 @@ def test_full_disk_leaves_no_torn_line(tmp_path):
     assert store.file.read_bytes() == before
 
 
+def test_a_full_device_is_named_as_such(tmp_path):
+    (tmp_path / "records.jsonl").symlink_to("/dev/full")
+    with pytest.raises(ReplivitError, match=r"cannot write .*: No space left on device"):
+        RecordStore(tmp_path).append([record()])
+
+
 def test_unwritable_folder_is_one_sentence(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -135,3 +147,21 @@ def test_conditions_key_tells_conditions_apart():
 
 def test_every_metric_has_a_unit():
     assert all(METRICS.values())
+
+
+@pytest.mark.parametrize(
+    ("detail", "words"),
+    [
+        ({}, "keeps no bits$"),
+        ({"bits": [1], "n": 1}, "keeps no bits$"),
+        ({"bits": "gA==", "n": "1"}, "keeps no bits$"),
+        ({"bits": "!!", "n": 1}, "that can be read"),
+        ({"bits": "gA==", "n": 9}, "another number of images than 9"),
+        ({"bits": "gA==", "n": -1}, "another number of images than -1"),
+    ],
+)
+def test_bits_that_cannot_be_are_one_sentence(detail, words):
+    good = record(50.0, metric="top1", detail={"bits": "gA==", "n": 2})
+    assert bits_of(good).tolist() == [True, False]
+    with pytest.raises(ReplivitError, match=words):
+        bits_of(record(50.0, metric="top1", detail=detail))

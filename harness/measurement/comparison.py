@@ -140,11 +140,12 @@ def paired_accuracy(a: str, b: str, known: list[Record]) -> tuple[PairedTest | N
     for record in sorted(known, key=lambda one: one.started):
         if record.metric == "top1" and record.measured and record.detail.get("bits"):
             data = (record.conditions.track, record.conditions.data_fingerprint, record.n)
+            newest.pop((record.variant, *data), None)  # so that the newest stands last
             newest[(record.variant, *data)] = record
     for (name, *data), own in reversed(newest.items()):
         other = newest.get((b, *data))
         if name == a and other is not None:
-            from harness.evaluation import bits_of
+            from harness.record import bits_of
             from harness.statistics import mcnemar
 
             return mcnemar(bits_of(own), bits_of(other)), own.conditions.track

@@ -76,6 +76,12 @@ def test_top1_on_the_same_images_is_tested_in_pairs(compare):
     assert compare(scored(range(800)), scored(range(820), "other")).changes == []
 
 
+def test_bits_that_cannot_be_read_leave_the_intervals(compare):
+    torn = scored(range(820))
+    torn[0].detail["bits"] = "!"
+    assert compare(scored(range(800)), torn).changes == []
+
+
 def test_top1_over_seeds_uses_the_intervals(compare):
     old = [trained("p_a", seed, 80 + 0.1 * seed, track="imagenet") for seed in range(3)]
     new = [trained("p_a", seed, 85 + 0.1 * seed, track="imagenet") for seed in range(3)]
@@ -105,6 +111,7 @@ def test_json_folder_and_file_of_records_are_the_same_old_board(case, tmp_path):
 @pytest.mark.parametrize(
     "text, sentence",
     [("not json", "is not JSON"), ("[]", "no list 'records'"), ('{"cells": []}', "no list"),
+     ('{"schema_version": 1, "records": 5}', "no list 'records'"),
      ('{"schema_version": 9, "records": []}', "schema version 9"),
      ('{"schema_version": 1, "records": [{"value": 1}]}', "records.0"),
      ('{"schema_version": 1, "records": []}', "no records")],

@@ -188,3 +188,12 @@ def test_accuracy_is_paired_on_the_same_images_only():
         None,
     )
     assert paired_accuracy("a", "b", []) == (None, None)
+
+
+def test_of_several_data_sets_the_one_scored_last_is_compared():
+    good, bad = [1] * 40, [0] * 40
+    known = [top1(name, bits, data) for data, bits in (("old", good), ("new", good), ("old", bad))
+             for name in ("a", "b")]  # fmt: skip
+    known[-1] = top1("b", good, "old")
+    test, _ = paired_accuracy("a", "b", known)
+    assert (test.only_a, test.only_b) == (0, 40)
