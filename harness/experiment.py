@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -87,15 +88,20 @@ def run(
     call numbers is read as such (`harness.settings.checked_options`).
 
     Raises:
-        ReplivitError: unknown experiment, scale or option.
+        ReplivitError: unknown experiment, scale or option; figures or record cannot be written
+            (a record without its figures is kept).
     """
     experiment = get_experiment(name)
     function: Callable[..., ExperimentResult] = experiment.paper.resolve(experiment.spec.run)
+    _check_options(name, function, options)
     started, tick = datetime.now(timezone.utc), time.perf_counter()
     result = function(scale=scale, **checked_options(function, options))
     result.name, result.title, result.scale = name, experiment.spec.title, scale
-    folder = home() / "experiments" / name
-    result.figure_files = save_figures(result.figures, folder)
+    undrawn: Exception | None = None
+    try:
+        result.figure_files = save_figures(result.figures, home() / "experiments" / name)
+    except Exception as error:  # what was measured is kept first
+        undrawn = error
     result.record = make_record(
         name,
         "experiment",
@@ -117,4 +123,17 @@ def run(
         },
     )
     (store or RecordStore()).append([result.record])
+    if undrawn is not None:
+        raise undrawn
     return result
+
+
+def _check_options(name: str, function: Callable, options: Mapping[str, Any]) -> None:
+    """Refuse options that the experiment does not have, before it runs."""
+    known = inspect.signature(function).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in known.values()):
+        return  # it checks them itself
+    for option in options:
+        if option not in known:
+            takes = ", ".join(one for one in known if one != "scale") or "none"
+            raise ReplivitError(f"{name} takes no option {option!r}; it takes: {takes}")

@@ -72,3 +72,16 @@ def test_findings_cannot_be_edited_later():
     finding = toy_table("small").findings[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
         finding.outcome = "deviates"
+
+
+def test_what_was_measured_is_kept_though_its_figures_are_not(own_home):
+    (own_home / "experiments").write_text("in the way")
+    with pytest.raises(ReplivitError, match="cannot write figures"):
+        harness.run("toy/table", width=5)
+    (record,) = RecordStore().load()
+    assert record.detail["rows"][0]["width"] == 5 and record.detail["figures"] == []
+
+
+def test_an_unknown_option_is_one_sentence_before_anything_runs():
+    with pytest.raises(ReplivitError, match="toy/table takes no option 'depth'; it takes: width"):
+        harness.run("toy/table", depth=3)
