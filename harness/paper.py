@@ -29,6 +29,9 @@ UNITS: dict[str, frozenset[str]] = {
     "top1_gain": frozenset({"points"}),
 }
 
+#: No published number is larger; what is not finite is not smaller either.
+LARGEST = 1e100
+
 #: libyaml's parser where PyYAML was built with it: ten times as fast.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -56,8 +59,18 @@ class Published(Fact):
     against: str | None = Field(
         None, description="record metric to compare with, if not the metric's usual one"
     )
-    tolerance: float | None = Field(None, description="absolute, in `unit`; default by metric")
+    tolerance: float | None = Field(
+        None, ge=0, le=LARGEST, description="absolute, in `unit`; default by metric"
+    )
     reason: str | None = Field(None, description="why a deviation or a missing value is expected")
+
+    @field_validator("value")
+    @classmethod
+    def _finite(cls, value: float | int | str | list[float]) -> float | int | str | list[float]:
+        numbers = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, str) or abs(one) <= LARGEST for one in numbers):
+            raise ValueError("a published number must be finite")
+        return value
 
     @model_validator(mode="after")
     def _unit_fits(self) -> Published:
@@ -230,6 +243,8 @@ def load_yaml(path: Path, model: type[BaseModel]) -> Any:
     try:
         data = yaml.load(text, Loader=_Loader)
         lines = _lines_by_path(text)
+    except RecursionError as error:
+        raise ReplivitError(f"{path}: not valid YAML (it refers to itself)") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""

@@ -134,27 +134,34 @@ def _discover() -> dict[str, Paper]:
                 raise
             found = [Paper(label, Path(), package, None, f"entry point: {one_line(error)}")]
         for paper in found:
-            if paper.key in papers:
-                taken = papers[paper.key].package
-                paper = Paper(
-                    f"{paper.key}@{paper.package}", paper.directory, paper.package, None,
-                    f"the key {paper.key!r} is already used by {taken}",
-                )  # fmt: skip
+            paper = _without_clash(paper, papers)
             papers[paper.key] = paper
     return papers
 
 
+def _without_clash(paper: Paper, papers: dict[str, Paper]) -> Paper:
+    """The paper itself, or broken where an earlier one has its key or one of its variants."""
+    if paper.key in papers:
+        taken = papers[paper.key].package
+        return Paper(
+            f"{paper.key}@{paper.package}", paper.directory, paper.package, None,
+            f"the key {paper.key!r} is already used by {taken}",
+        )  # fmt: skip
+    for name in paper.facts.variants if paper.facts else ():
+        for other in papers.values():
+            if other.facts and name in other.facts.variants:
+                reason = f"its variant {name!r} is already declared by {other.key}"
+                return Paper(paper.key, paper.directory, paper.package, None, reason)
+    return paper
+
+
 @functools.cache
 def _variant_table() -> dict[str, Variant]:
-    table: dict[str, Variant] = {}
-    for paper in _discover().values():
-        for name, spec in (paper.facts.variants if paper.facts else {}).items():
-            if name in table:
-                raise ReplivitError(
-                    f"variant {name!r} is declared by {table[name].paper.key} and {paper.key}"
-                )
-            table[name] = Variant(name, paper, spec)
-    return table
+    return {
+        name: Variant(name, paper, spec)
+        for paper in _discover().values()
+        for name, spec in (paper.facts.variants if paper.facts else {}).items()
+    }
 
 
 def refresh() -> None:
@@ -263,7 +270,8 @@ def build(
     `default_cfg` as timm's models do.
 
     Raises:
-        ReplivitError: unknown name or option, an image or a number of classes that is none.
+        ReplivitError: unknown name or option, an option of the wrong type, an image or a number
+            of classes that is none.
         ValueError: the method cannot be built so (the message says what can).
     """
     variant = get_variant(name)
@@ -273,7 +281,15 @@ def build(
     size = variant.spec.image_size if image_size is None else image_size
     classes = variant.spec.num_classes if num_classes is None else num_classes
     _check_sizes(size, classes)
-    model = builder(num_classes=classes, image_size=size, **arguments)
+    try:
+        model = builder(num_classes=classes, image_size=size, **arguments)
+    except TypeError as error:
+        if not overrides:  # nobody's options are to blame
+            raise
+        given = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
+        raise ReplivitError(
+            f"{variant.name} cannot be built with {given} ({one_line(error)[:200]})"
+        ) from error
     model.pretrained_cfg = model.default_cfg = pretrained_cfg(variant, classes, size)
     return model
 

@@ -45,6 +45,8 @@ def test_good_file_is_read(tmp_path):
         ("of: toy_one", "of: toy_two", 1, ["toy_two", "not a variant"]),
         ("summary: Small.", "showcase: [toy_two]\nsummary: Small.", 1, ["showcase", "toy_two"]),
         ("key: toy", "key: Toy Paper", 1, ["key"]),
+        ("value: 70.1", "value: .nan", 11, ["published.0.value", "finite"]),
+        ("value: 70.1", "value: 70.1, tolerance: -1", 11, ["published.0.tolerance"]),
     ],
 )
 def test_mistake_names_file_line_and_key(tmp_path, old, new, line, words):
@@ -68,6 +70,8 @@ def test_same_published_row_twice_is_refused(tmp_path):
 def test_broken_yaml_and_missing_file(tmp_path):
     with pytest.raises(ReplivitError, match=r"line 3: not valid YAML"):
         load_paper(write(tmp_path, "key: toy\ntitle: [open\n: x"))
+    with pytest.raises(ReplivitError, match=r"not valid YAML .it refers to itself"):
+        load_paper(write(tmp_path, "key: &a {title: *a}"))
     with pytest.raises(ReplivitError, match="No such file"):
         load_paper(tmp_path / "absent.yaml")
     binary = tmp_path / "binary.yaml"

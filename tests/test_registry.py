@@ -121,6 +121,25 @@ def test_a_key_used_twice_does_not_replace_the_first(package):
     assert "already used" in double.broken
 
 
+def test_a_variant_declared_twice_breaks_the_later_paper_alone(package):
+    text = PAPER.format(key="toy").replace("toy_one", "deit_ti")
+    (package / "toy" / "paper.yaml").write_text(text)
+    registry.refresh()
+    assert registry.get_variant("deit_ti").paper.key == "baselines"
+    with pytest.raises(ReplivitError, match="'deit_ti' is already declared by baselines"):
+        registry.get_paper("toy")
+
+
+def test_an_option_of_the_wrong_type_is_one_sentence(package):
+    with pytest.raises(ReplivitError, match=r"toy_one cannot be built with width='x' \("):
+        harness.build("toy_one", width="x")
+    text = PAPER.format(key="toy").replace("width: 4", "width: x")
+    (package / "toy" / "paper.yaml").write_text(text)
+    registry.refresh()
+    with pytest.raises(TypeError):  # the paper's own fault: not the caller's
+        harness.build("toy_one")
+
+
 def test_package_that_cannot_be_imported_shows_as_broken(monkeypatch):
     point = metadata.EntryPoint("gone", "no_such_package", registry.ENTRY_POINTS)
     monkeypatch.setattr(registry.metadata, "entry_points", lambda group: [point])

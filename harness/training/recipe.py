@@ -161,7 +161,9 @@ def _folders(variant: Variant | None) -> list[Path]:
     return [*own, RECIPES]
 
 
-def read_recipe(name: str | Path, variant: Variant | None = None) -> Recipe:
+def read_recipe(
+    name: str | Path, variant: Variant | None = None, _above: tuple[Path, ...] = ()
+) -> Recipe:
     """The recipe of a file, or of a name known to the variant's paper or to this package.
 
     Raises:
@@ -178,9 +180,10 @@ def read_recipe(name: str | Path, variant: Variant | None = None) -> Recipe:
     said = {key: getattr(recipe, key) for key in recipe.model_fields_set}
     said.setdefault("name", path.stem)
     base = said.pop("extends", None)
-    if base == path.stem:
+    if path in _above or base == path.stem:
         raise ReplivitError(f"{path}: a recipe cannot extend itself")
-    return (read_recipe(base, variant) if base else Recipe()).changed(**said)
+    below = read_recipe(base, variant, (*_above, path)) if base else Recipe()
+    return below.changed(**said)
 
 
 def default_recipe(variant: Variant | None, protocol: Mapping[str, Any]) -> Recipe:

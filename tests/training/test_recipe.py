@@ -59,6 +59,14 @@ def test_a_mistake_is_one_sentence(tmp_path, text, words):
         assert word in str(caught.value)
 
 
+def test_files_that_extend_each_other_are_one_sentence(tmp_path):
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text(f"extends: {two}\n")
+    two.write_text(f"extends: {one}\n")
+    with pytest.raises(ReplivitError, match=r"one\.yaml: a recipe cannot extend itself"):
+        read_recipe(one)
+
+
 def test_unknown_recipe_lists_the_known():
     with pytest.raises(ReplivitError, match="deit_imagenet, small_track"):
         read_recipe("deit")
