@@ -97,8 +97,11 @@ def read_metadata(path: Path | str) -> dict[str, str]:
 
 def _is_safetensors(path: Path) -> bool:
     """By name, or by content: eight bytes of length, then a JSON header."""
-    with open(path, "rb") as stream:
-        return path.suffix == ".safetensors" or stream.read(9)[8:] == b"{"
+    try:
+        with open(path, "rb") as stream:
+            return path.suffix == ".safetensors" or stream.read(9)[8:] == b"{"
+    except OSError as error:
+        raise ReplivitError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _read_torch(path: Path) -> Any:
@@ -106,14 +109,14 @@ def _read_torch(path: Path) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace, CfgNode]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            if "GLOBAL" in str(error):
+        except MemoryError:
+            raise
+        except Exception as error:  # torch raises many types for what is no checkpoint
+            if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
                 raise ReplivitError(
                     f"{path} holds more than tensors and was not loaded, since unpickling it could "
                     "run any program; if you trust it, save its state dict as safetensors"
                 ) from error
-            raise ReplivitError(f"{path} is truncated or no torch checkpoint") from error
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
             raise ReplivitError(f"{path} is truncated or no torch checkpoint") from error
 
 
@@ -127,7 +130,9 @@ def unwrap(found: Any, origin: str, prefer: str | None = None) -> State:
         ReplivitError: there are no tensors inside.
     """
     wrappers = WRAPPERS if prefer is None else (prefer, *WRAPPERS)
-    while isinstance(found, Mapping):
+    seen: set[int] = set()  # a file may hold itself
+    while isinstance(found, Mapping) and id(found) not in seen:
+        seen.add(id(found))
         inner = next((found[key] for key in wrappers if isinstance(found.get(key), Mapping)), None)
         if inner is None:
             break

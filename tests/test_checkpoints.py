@@ -302,11 +302,32 @@ def test_damaged_files(tmp_path):
     (tmp_path / "page.pth").write_text("<!DOCTYPE html><title>404</title>")
     with pytest.raises(ReplivitError, match="no torch checkpoint"):
         read_state_dict(tmp_path / "page.pth")
+    (tmp_path / "list.pth").write_text("root:x:0:0:root:/root:/bin/bash\n")  # "r": pickle's append
+    with pytest.raises(ReplivitError, match="no torch checkpoint"):
+        read_state_dict(tmp_path / "list.pth")
     with pytest.raises(ReplivitError, match="no weights file"):
         read_state_dict(tmp_path / "nowhere.pth")
     with pytest.raises(ReplivitError, match=r"cannot read .*: No such file"):
         file_sha256(tmp_path / "nowhere.pth")
     assert read_metadata(tmp_path / "page.pth") == {}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(tmp_path):
+    save_weights({"a": torch.ones(2)}, tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").chmod(0)
+    for read in (read_state_dict, read_metadata):
+        with pytest.raises(ReplivitError, match="Permission denied"):
+            read(tmp_path / "w.safetensors")
+
+
+def test_a_file_that_holds_itself_is_read_once(tmp_path):
+    state = {"a": torch.ones(2)}
+    torch.save(state | {"model": state}, tmp_path / "inner.pth")
+    state["model"] = state
+    torch.save(state, tmp_path / "ring.pth")
+    for name in ("inner.pth", "ring.pth"):
+        assert list(read_state_dict(tmp_path / name)) == ["a"]
 
 
 def test_safetensors_under_another_name(tmp_path):
