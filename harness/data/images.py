@@ -183,8 +183,11 @@ class ImageDataset(Dataset):
             raise DataError(f"{about}: {len(self.source)} images but {len(self.labels)} labels")
         if len(self.labels) == 0:
             raise DataError(f"{about}: no images in {self.place}")
-        if not np.issubdtype(self.labels.dtype, np.integer):
-            raise DataError(f"{about}: labels must be whole numbers, not {self.labels.dtype}")
+        if not np.issubdtype(self.labels.dtype, np.integer) or self.labels.ndim != 1:
+            raise DataError(
+                f"{about}: labels must be whole numbers, not {self.labels.dtype}: one for each "
+                f"image and none missing (the first is {self.labels[0]})"
+            )
         self.labels = self.labels.astype(np.int64)
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))
         if len(wrong):

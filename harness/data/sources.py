@@ -23,6 +23,8 @@ from harness.errors import ReplivitError, one_line
 
 #: Parquet files up to this size are read into memory; larger ones go through `datasets`' cache.
 IN_MEMORY_BYTES = 2**30
+#: Labels without class names are counted up to their largest; a larger one is no class.
+MOST_CLASSES = 1_000_000
 JPEG = b"\xff\xd8"
 HUB = "hub:"
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
@@ -74,6 +76,8 @@ def load_split(
     Raises:
         ReplivitError: nothing there, or truncated, mislabelled, unreadable; in one sentence.
     """
+    if root is not None and not str(root).startswith(HUB) and not Path(root).expanduser().is_dir():
+        raise ReplivitError(f"no folder {root} to look for {track_or_path} in")
     if isinstance(track_or_path, Track):
         return _load_track(track_or_path, split, root)
     text = str(track_or_path)
@@ -143,7 +147,10 @@ def _load_parquet(files: list[Path], *, name: str, split: str, track: Track | No
     image, label, names = _parquet_columns(table.schema, place)
     cells = table.column(image).combine_chunks()
     # Hugging Face's layout keeps the bytes in a struct; plain files have them directly
-    cells = cells.field("bytes") if hasattr(cells, "field") else cells
+    if hasattr(cells, "field") and cells.type.get_field_index("bytes") >= 0:
+        cells = cells.field("bytes")
+    if str(cells.type) not in ("binary", "large_binary"):
+        raise DataError(f"{place}: column {image} holds {cells.type}, not encoded images (binary)")
     labels = table.column(label).to_numpy()
     return ImageDataset(
         Column(cells, place), labels, _classes(names, labels, track, name),
@@ -173,12 +180,21 @@ def _read_parquet(files: list[Path]) -> Any:
 
 def _parquet_columns(schema: Any, place: str) -> tuple[str, str, list[str] | None]:
     """Image column, label column and class names, from Hugging Face's note or the usual names."""
-    note = (schema.metadata or {}).get(b"huggingface")
-    features = json.loads(note).get("info", {}).get("features", {}) if note else {}
-    features = {name: one for name, one in features.items() if isinstance(one, dict)}
+    features = _noted_features((schema.metadata or {}).get(b"huggingface"))
     kinds = {name: one.get("_type") for name, one in features.items()}
     image, label = _pick_columns(kinds, schema.names, place)
-    return image, label, features.get(label, {}).get("names")
+    names = features.get(label, {}).get("names")
+    return image, label, [str(one) for one in names] if isinstance(names, list) else None
+
+
+def _noted_features(note: bytes | None) -> dict[str, dict[str, Any]]:
+    """Column -> what Hugging Face's note says of it; a note that cannot be read says nothing."""
+    try:
+        found = json.loads(note)["info"]["features"] if note else {}
+    except (ValueError, LookupError, TypeError):
+        return {}
+    found = found if isinstance(found, dict) else {}
+    return {name: one for name, one in found.items() if isinstance(one, dict)}
 
 
 def _pick_columns(kinds: dict[str, str | None], names: Sequence[str], place: str) -> tuple:
@@ -245,7 +261,12 @@ def _classes(
 ) -> Sequence[str]:
     """Class names: the file's, which must be the track's in its order; numbers where unnamed."""
     if track is None:
-        return names or [str(label) for label in range(int(labels.max(initial=0)) + 1)]
+        if names or not np.issubdtype(labels.dtype, np.integer):
+            return names or ()  # labels that are no whole numbers are refused with the rest
+        largest = int(labels.max(initial=0))
+        if largest >= MOST_CLASSES:
+            raise DataError(f"{name}: a label is {largest:,}, which cannot be a class")
+        return [str(label) for label in range(largest + 1)]
     if names:
         folders.check_classes(names, track, name)
     return track.classes

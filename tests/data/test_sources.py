@@ -6,6 +6,8 @@ import shutil
 import socket
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_tools import encoded, grey_of, image_of, small_cifar, write_folders, write_parquet
 
@@ -71,6 +73,11 @@ def test_nowhere(tmp_path, monkeypatch):
         load_split("./cifar10/")
     with pytest.raises(ReplivitError, match="has no split 'dev'; it has train, test"):
         load_split("cifar10", "dev")
+
+
+def test_a_folder_that_is_named_must_exist(tmp_path):
+    with pytest.raises(ReplivitError, match=r"no folder .*/typo to look for fashion_mini in"):
+        load_split("fashion_mini", "test", root=tmp_path / "typo")
 
 
 def test_another_number_of_images_is_refused(tmp_path):
@@ -278,3 +285,32 @@ def test_hub_out_of_reach(monkeypatch):
         load_split("cifar10", "test")
     assert "put it below REPLIVIT_DATA" in str(caught.value)
     assert str(caught.value).endswith("(ConnectionError: no route to host)")
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"label": ["cat"] * 4}, r"whole numbers, .* \(the first is cat\)"),
+        ({"label": [0, None, 1, 2]}, "none missing"),
+        ({"label": [[0, 1]] * 4}, "one for each image"),
+        ({"label": [0, 1, 2, 2**40]}, "a label is 1,099,511,627,776, which cannot be a class"),
+        ({"image": ["a.png"] * 4}, "column image holds string, not encoded images"),
+        ({"image": [{"path": "a.png"}] * 4}, "column image holds struct<path: string>"),
+    ],
+)
+def test_columns_of_another_kind_are_one_sentence(tmp_path, columns, words):
+    table = pa.table({"image": FEW, "label": LABELS, **columns})
+    pq.write_table(table, tmp_path / "test.parquet")
+    with pytest.raises(ReplivitError, match=words):
+        load_split(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "note",
+    [b"{torn", b"[1]", b'{"info": null}', b'{"info": {"features": [1]}}',
+     b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": 3}}}}'],
+)  # fmt: skip
+def test_a_note_of_the_hub_that_cannot_be_read_says_nothing(tmp_path, note):
+    table = pa.table({"image": FEW, "label": LABELS}).replace_schema_metadata({"huggingface": note})
+    pq.write_table(table, tmp_path / "test.parquet")
+    assert load_split(tmp_path).classes == ("0", "1", "2")
