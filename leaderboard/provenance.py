@@ -25,7 +25,8 @@ def remeasure_command(record: Record) -> str:
     given = record.conditions
     if record.metric == "experiment":
         words = ["replivit", "run", record.variant, "--scale", str(record.detail.get("scale"))]
-        for key, value in record.detail.get("options", {}).items():
+        options = record.detail.get("options")
+        for key, value in options.items() if isinstance(options, dict) else ():
             words += ["--set", f"{key}={value}"]
     elif record.metric in GROUPS:
         words = ["replivit", "measure", record.variant, "--metrics", GROUPS[record.metric]]
@@ -39,6 +40,8 @@ def remeasure_command(record: Record) -> str:
     else:
         words = ["replivit", "evaluate", record.variant, "--track", given.track or "imagenet"]
         words += ["--limit", str(given.options["limit"])] if "limit" in given.options else []
+        words += ["--device", given.device] if given.device != "cpu" else []
+        words += ["--dtype", given.dtype] if given.dtype != "float32" else []
     return shlex.join(words)
 
 

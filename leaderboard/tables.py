@@ -223,7 +223,8 @@ def _recipe_of(record: Record) -> str:
     """What must be equal for two trained seeds to be averaged."""
     training = record.detail.get("training")
     training = training if isinstance(training, dict) else {}
-    return json.dumps([training.get("recipe"), training.get("objective")], sort_keys=True)
+    said = ("recipe", "objective", "starts_trained", "frozen", "held_out")
+    return json.dumps([training.get(key) for key in said], sort_keys=True)
 
 
 def over_seeds(records: Iterable[Record]) -> Cell | None:

@@ -173,7 +173,8 @@ def train(
     )  # fmt: skip
     started = datetime.now(timezone.utc)
     trainer.run()
-    records = _finish(trainer, identity, chosen, started, evaluate)
+    special = {"starts_trained": init is not None, "frozen": list(freeze), "held_out": hold_out}
+    records = _finish(trainer, identity, chosen, started, evaluate, special)
     return TrainedModel(context.model, directory, directory / WEIGHTS, records, trainer.history)
 
 
@@ -279,6 +280,7 @@ def _finish(
     variant: Variant | None,
     started: datetime,
     evaluate: bool,
+    special: Mapping[str, Any],
 ) -> list[Record]:
     """Write weights, logs and records once; a finished run only reads them back."""
     context = trainer.context
@@ -297,7 +299,7 @@ def _finish(
         save_weights(model, weights, metadata=metadata)
         if trainer.ema is not None and not context.recipe.ema_final:
             save_weights(trainer.ema.module, context.directory / WEIGHTS_EMA, metadata=metadata)
-        records = _records(trainer, identity, variant, started, evaluate)
+        records = _records(trainer, identity, variant, started, evaluate, special)
         write_whole(file, "".join(one.model_dump_json() + "\n" for one in records).encode())
     context.accelerator.wait_for_everyone()
     return records
@@ -309,6 +311,7 @@ def _records(
     variant: Variant | None,
     started: datetime,
     evaluate: bool,
+    special: Mapping[str, Any],
 ) -> list[Record]:
     context, run_id = trainer.context, new_run_id()
     sha256 = file_sha256(context.directory / WEIGHTS)
@@ -327,6 +330,7 @@ def _records(
         "initial_weights": identity["initial_weights"],
         "images_seen": context.images_seen,
         "seconds": round(trainer.seconds, 3),
+        **{key: value for key, value in special.items() if value},  # silent of what is usual
     }
     common = {
         "run_id": run_id, "paper": paper, "started": started, "duration_s": trainer.seconds,

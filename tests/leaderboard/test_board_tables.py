@@ -54,6 +54,14 @@ def test_a_seed_trained_again_counts_once_and_recipes_do_not_mix():
     assert over_seeds([*runs, other]).value == pytest.approx(89.0)
 
 
+@pytest.mark.parametrize("how", [{"starts_trained": True}, {"frozen": ["x"]}, {"held_out": 500}])
+def test_trainings_of_another_kind_do_not_mix_with_those_from_scratch(how):
+    runs = [trained("p_a", seed, 88.0 + seed) for seed in range(2)]
+    tuned = trained("p_a", 2, 99.0, day=9)
+    tuned.detail["training"].update(how)
+    assert over_seeds([*runs, tuned]).value == pytest.approx(88.5)
+
+
 def test_one_seed_keeps_its_own_interval_and_says_so():
     cell = over_seeds([trained("p_a", 0, 88.0)])
     assert (cell.seeds, cell.std, cell.interval) == (1, None, (87.4, 88.6))
@@ -222,11 +230,18 @@ def test_markdown_has_a_line_per_row_and_cannot_be_broken_by_a_name(tmp_path):
          "replivit measure v --metrics latency --device cpu --batch-size 8 --backend deploy "
          "--dtype float32 --threads 2"),
         ("top1", {"track": "cifar10"}, "replivit evaluate v --track cifar10"),
+        ("top1", {"track": "cifar10", "device": "cuda", "dtype": "bfloat16"},
+         "replivit evaluate v --track cifar10 --device cuda --dtype bfloat16"),
         ("top1", {"track": "cifar10", "seed": 2}, "replivit train v --track cifar10 --seed 2"),
     ],
 )  # fmt: skip
 def test_each_record_names_the_command_that_repeats_it(metric, conditions, command):
     assert remeasure_command(record("v", metric, 1, conditions=conditions)) == command
+
+
+def test_a_command_leaves_options_out_that_are_none():
+    made = record("p/table", "experiment", 1, detail={"scale": "small", "options": ["a"]})
+    assert remeasure_command(made) == "replivit run p/table --scale small"
 
 
 def test_commands_quote_what_a_shell_would_run():
