@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cache
 from queue import SimpleQueue
 
 from harness.environment import capture, home
 from harness.errors import ReplivitError
-from harness.measurement.cell import GROUPS, Cell, get_profile, is_measured
+from harness.measurement.cell import GROUPS, Cell, get_profile, is_measured, shipped_sha256
 from harness.measurement.isolation import TIMED, Worker, end_workers, run_isolated
 from harness.measurement.sentinels import available_cpus
 from harness.record import Record, RecordStore, new_run_id
@@ -118,14 +117,6 @@ def _timings(variant: Variant, profile: str) -> list[tuple[int, str]]:
     return [(1, "eager"), (1, "deploy")]
 
 
-@cache
-def _weights_sha256(cell_variant: str, track: str) -> str | None:
-    from harness.checkpoints import file_sha256
-
-    path = get_variant(cell_variant).weights_file(track)
-    return file_sha256(path) if path is not None and path.is_file() else None
-
-
 def missing(
     cells: Iterable[Cell], known: list[Record], *, machine: str | None = None, retry: bool = False
 ) -> list[Cell]:
@@ -142,7 +133,7 @@ def missing(
             by_variant.setdefault(record.variant, []).append(record)
 
     def is_missing(cell: Cell) -> bool:
-        sha = _weights_sha256(cell.variant, cell.track) if cell.group == "accuracy" else None
+        sha = shipped_sha256(cell.variant, cell.track) if cell.group == "accuracy" else None
         found = {
             record.metric
             for record in by_variant.get(cell.variant, ())

@@ -144,6 +144,13 @@ def test_a_failing_model_is_a_row_and_the_sweep_goes_on(store, bench_of_fakes):
     assert run_sweep(cells, store, retry=True).measured == 1
 
 
+def test_an_evaluation_that_fails_stands_as_well(store):
+    cell = Cell("vit_micro", "accuracy", track="fashion_mini", batch_size=64)
+    store.append(failed_records(cell, "x", "failed", "no luck", get_variant("vit_micro")))
+    assert missing([cell], store.load()) == []
+    assert missing([cell], store.load(), retry=True) == [cell]
+
+
 @pytest.mark.parametrize("status", ["noisy", "contended"])
 def test_retry_measures_doubtful_cells_again(store, bench_of_fakes, status):
     cell = Cell(SMALL, "latency")
@@ -179,7 +186,7 @@ def test_other_conditions_do_not_count(store):
 
 def test_accuracy_belongs_to_its_weights(store, monkeypatch):
     cell = Cell(SMALL, "accuracy", track="fashion_mini")
-    monkeypatch.setattr(sweep, "_weights_sha256", lambda variant, track: "new")
+    monkeypatch.setattr(sweep, "shipped_sha256", lambda variant, track: "new")
     conditions = cell.variant_conditions(None)
     for sha, options in (("old", {}), ("new", {"limit": 100})):
         update = {"track": "fashion_mini", "weights_sha256": sha, "options": options}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
 from harness.errors import ReplivitError
@@ -152,6 +153,15 @@ def groups_of(metrics: tuple[str, ...]) -> list[str]:
         raise ReplivitError(f"no metric asked for; known: {', '.join(METRIC_GROUPS)}")
     wanted = {group for metric in metrics for group in METRIC_GROUPS[metric]}
     return [group for group in GROUPS if group in wanted]
+
+
+@cache
+def shipped_sha256(variant: str, track: str) -> str | None:
+    """SHA-256 of the weights that a variant ships for a track; None where there are none."""
+    from harness.checkpoints import file_sha256
+
+    path = get_variant(variant).weights_file(track)
+    return file_sha256(path) if path is not None and path.is_file() else None
 
 
 def is_measured(cell: Cell, record: Record, machine: str, weights_sha256: str | None) -> bool:

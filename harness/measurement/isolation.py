@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.environment import ROOT
 from harness.errors import one_line
-from harness.measurement.cell import GROUPS, Cell
+from harness.measurement.cell import GROUPS, Cell, shipped_sha256
 from harness.measurement.sentinels import available_cpus
 from harness.record import Record, make_record
 from harness.registry import Variant, get_variant
@@ -172,7 +172,9 @@ def failed_records(
     """
     conditions = cell.variant_conditions(variant)
     if cell.group == "accuracy":
-        conditions = conditions.model_copy(update={"track": cell.track})
+        sha256 = shipped_sha256(cell.variant, cell.track) if variant else None
+        update = {"track": cell.track, "weights_sha256": sha256}
+        conditions = conditions.model_copy(update=update)
     return [
         make_record(
             cell.variant, metric, None, conditions, run_id=run_id, status=status, reason=reason,
