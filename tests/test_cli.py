@@ -39,6 +39,7 @@ def test_list_and_info():
     [
         (ReplivitError("the\nthing is <missing>"), 1, "error: the thing is <missing>"),
         (OSError(28, "No space left on device"), 1, "No space left"),
+        (RuntimeError("can't allocate memory"), 1, "RuntimeError: can't allocate memory"),
     ],
 )
 def test_errors_end_in_one_sentence(monkeypatch, capsys, error, code, words):
@@ -50,6 +51,18 @@ def test_errors_end_in_one_sentence(monkeypatch, capsys, error, code, words):
         cli.main()
     assert caught.value.code == code
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_long_path_stays_whole(monkeypatch, capsys):
+    path = "/a/rather/long/path" * 9
+
+    def fail():
+        raise ReplivitError(f"cannot read {path}")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert path in capsys.readouterr().err
 
 
 def test_ctrl_c_says_what_is_kept(monkeypatch):

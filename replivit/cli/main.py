@@ -41,7 +41,11 @@ def _version(show: bool) -> None:
     if show:
         from importlib import metadata
 
-        typer.echo(f"replivit {metadata.version('replivit')}")
+        try:
+            version = metadata.version("replivit")
+        except metadata.PackageNotFoundError:
+            version = "(not installed, run from its sources)"
+        typer.echo(f"replivit {version}")
         raise typer.Exit
 
 
@@ -70,9 +74,10 @@ def main() -> None:
     """Run the command; a user's error is one sentence and exit code 1."""
     try:
         app()
-    except (ReplivitError, ValueError, OSError, MemoryError) as error:
+    except (ReplivitError, ValueError, OSError, MemoryError, RuntimeError) as error:
         if os.environ.get("REPLIVIT_DEBUG"):
             raise
         name = "" if isinstance(error, ReplivitError) else f"{type(error).__name__}: "
-        err.print(f"error: {name}{one_line(error)}", style="red", markup=False)
+        text = f"error: {name}{one_line(error)}"
+        err.print(text, style="red", markup=False, soft_wrap=True)  # no path is cut in two
         sys.exit(1)

@@ -42,7 +42,7 @@ def convert(
         raise ReplivitError(f"{target} must end in .safetensors")
     chosen = get_variant(variant)
     state = checkpoints.read_state_dict(official)
-    model = checkpoints.load_official(chosen.name, official, **parse_options(set_ or []))
+    model = checkpoints.load_official(chosen.name, official, **parse_options(set_))
     found = checkpoints.coverage(model, checkpoints.convert_official(chosen.name, state))
     sha256 = checkpoints.save_weights(
         model,

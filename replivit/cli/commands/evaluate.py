@@ -78,7 +78,7 @@ def evaluate(
         records = harness.evaluate(
             chosen.name, track or chosen.track, split=split, root=data, batch_size=batch_size,
             device=device, limit=limit, weights=weights, dtype=dtype, image_size=image_size,
-            workers=workers, options=parse_options(set_ or []),
+            workers=workers, options=parse_options(set_),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     out.print(records_table(chosen.name, records))

@@ -48,7 +48,7 @@ def export(
 
     check_target(target)
     chosen = registry.get_variant(variant)
-    options = {"image_size": image_size, **parse_options(set_ or [])}
+    options = {"image_size": image_size, **parse_options(set_)}
     source = weights or chosen.weights_file()
     if source is None:
         err.print(f"{chosen.name} ships no weights: the file gets random ones", style="yellow")

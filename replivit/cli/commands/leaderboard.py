@@ -47,7 +47,7 @@ def leaderboard(
     ] = None,
     budget_minutes: Annotated[
         float | None,
-        typer.Option(help="Shorten timings to end in about so long; default 10 for quick."),
+        typer.Option(min=0, help="Shorten timings to end in about so long; default 10 for quick."),
     ] = None,
 ) -> None:
     """Measure all models and build the leaderboard: one page, and one per paper.

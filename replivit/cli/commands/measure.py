@@ -17,22 +17,25 @@ def register(app: typer.Typer) -> None:
     app.command("measure")(measure)
 
 
-def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """`["keep_ratio=0.7", "name=x"]` -> values read as YAML scalars.
+def parse_options(pairs: list[str] | None, option: str = "--set") -> dict[str, Any]:
+    """`["keep_ratio=0.7", "name=x"]` -> values read as YAML.
 
     Raises:
-        ReplivitError: a pair without `=`.
+        ReplivitError: a pair without `=`, or a value that is no YAML.
     """
     import yaml
 
     from harness.errors import ReplivitError
 
     options = {}
-    for pair in pairs:
+    for pair in pairs or ():
         key, sign, value = pair.partition("=")
         if not sign or not key:
-            raise ReplivitError(f"--set takes key=value, not {pair!r}")
-        options[key] = yaml.safe_load(value)
+            raise ReplivitError(f"{option} {pair!r}: write key=value")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ReplivitError(f"{option} {pair!r}: {value!r} cannot be read") from error
     return options
 
 
@@ -91,7 +94,7 @@ def measure(
             name,
             tuple(metric.strip() for metric in metrics.split(",") if metric.strip()),
             batch_size=batch_size, device=device, threads=threads, backend=backend, dtype=dtype,
-            image_size=image_size, track=track, options=parse_options(set_ or []),
+            image_size=image_size, track=track, options=parse_options(set_),
             profile=profile, store=store,
         )  # fmt: skip
         out.print(records_table(name, records))

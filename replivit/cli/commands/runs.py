@@ -44,7 +44,7 @@ def run(
     """
     from harness import experiment
 
-    result = experiment.run(name, scale=scale, **parse_options(set_ or []))
+    result = experiment.run(name, scale=scale, **parse_options(set_))
     print_experiment(result)
     if ship:
         from harness.results import ship_result

@@ -28,7 +28,9 @@ def sweep(
     threads: Annotated[int, typer.Option(help="CPU threads of each model.", min=1)] = 1,
     budget_minutes: Annotated[
         float | None,
-        typer.Option(help="Shorten the timing of each cell so that all ends in about so long."),
+        typer.Option(
+            min=0, help="Shorten the timing of each cell so that all ends in about so long."
+        ),
     ] = None,
     retry: Annotated[
         bool, typer.Option("--retry", help="Measure noisy, contended and failed cells again.")

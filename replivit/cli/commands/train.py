@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 from rich.markup import escape
 from rich.table import Table
 
 from harness.errors import ReplivitError
 from harness.record import RecordStore
+from replivit.cli.commands.measure import parse_options
 from replivit.cli.console import err, out
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def train(
         "distillation": distillation,
     }  # fmt: skip
     changes = {key: value for key, value in named.items() if value is not None}
-    changes |= _pairs("--set", settings)
+    changes |= parse_options(settings)
     if teacher is None and teacher_weights is not None:
         raise ReplivitError("--teacher-weights needs --teacher, the name of its model")
     callbacks = [EvaluateEvery(evaluate_every)] if evaluate_every else []
@@ -142,7 +142,7 @@ def train(
                 objective=distil, callbacks=callbacks,
                 out=directory / f"seed{number}" if several else directory,
                 init=init, freeze=freeze or (), device=device, root=data, image_size=image_size,
-                options=_pairs("--option", options), checkpoint_minutes=checkpoint_minutes,
+                options=parse_options(options, "--option"), checkpoint_minutes=checkpoint_minutes,
                 quiet=quiet,
             )
         )  # fmt: skip
@@ -164,20 +164,6 @@ def _seeds(text: str) -> list[int]:
     if len(set(numbers)) < len(numbers):
         raise ReplivitError(f"--seeds {text!r}: a seed stands twice")
     return numbers
-
-
-def _pairs(option: str, pairs: list[str] | None) -> dict[str, Any]:
-    """`["mixup=0.8"]` as `{"mixup": 0.8}`; values are read as YAML."""
-    found = {}
-    for pair in pairs or ():
-        key, sign, value = pair.partition("=")
-        if not (key and sign):
-            raise ReplivitError(f"{option} {pair!r}: write key=value")
-        try:
-            found[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ReplivitError(f"{option} {pair!r}: {value!r} cannot be read") from error
-    return found
 
 
 def _keep(run: TrainedModel) -> None:
