@@ -1,5 +1,6 @@
 # The same two jobs in a container:
 #   docker build -t replivit .
+#   mkdir -p case                                                 # writable by user 1000; docker would make it root's
 #   docker run --rm -v "$PWD/case:/case" replivit                 # measure and render: records and site stay in ./case
 #   docker run --rm replivit make -C /app test VENV=/opt/venv     # the tests
 FROM python:3.12-slim

@@ -12,6 +12,8 @@ class BuildWithCommit(build_py):
 
     def run(self):
         super().run()
+        if not (Path(__file__).parent / ".git").exists():
+            return  # an unpacked archive: a repository around it is another project's
         git = ["git", "-C", str(Path(__file__).parent)]
         try:
             commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
