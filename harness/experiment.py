@@ -14,7 +14,7 @@ from harness.environment import home
 from harness.errors import ReplivitError
 from harness.record import Conditions, Record, RecordStore, make_record, new_run_id
 from harness.registry import get_experiment
-from harness.settings import checked_options
+from harness.settings import as_annotated, check_device
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,18 +84,17 @@ def run(
 ) -> ExperimentResult:
     """Rerun the experiment `<paper>/<name>` and record its table.
 
-    The experiment's function is called as `function(scale=scale, **options)`; what its annotations
-    call numbers is read as such (`harness.settings.checked_options`).
+    The experiment's function is called as `function(scale=scale, **options)`.
 
     Raises:
-        ReplivitError: unknown experiment, scale or option; figures or record cannot be written
-            (a record without its figures is kept).
+        ReplivitError: unknown experiment, scale or option, or a value that cannot be; figures or
+            record cannot be written (a record without its figures is kept).
     """
     experiment = get_experiment(name)
     function: Callable[..., ExperimentResult] = experiment.paper.resolve(experiment.spec.run)
-    _check_options(name, function, options)
+    arguments = _arguments(name, function, options)
     started, tick = datetime.now(timezone.utc), time.perf_counter()
-    result = function(scale=scale, **checked_options(function, options))
+    result = function(scale=scale, **arguments)
     result.name, result.title, result.scale = name, experiment.spec.title, scale
     undrawn: Exception | None = None
     try:
@@ -128,12 +127,23 @@ def run(
     return result
 
 
-def _check_options(name: str, function: Callable, options: Mapping[str, Any]) -> None:
-    """Refuse options that the experiment does not have, before it runs."""
+def _arguments(name: str, function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in the form in which the experiment takes them, checked before it runs.
+
+    Raises:
+        ReplivitError: one that it does not have, a value that cannot be, or no CUDA device.
+    """
     known = inspect.signature(function).parameters
     if any(one.kind is one.VAR_KEYWORD for one in known.values()):
-        return  # it checks them itself
-    for option in options:
+        return dict(options)  # it checks them itself
+    found = {}
+    for option, value in options.items():
         if option not in known:
             takes = ", ".join(one for one in known if one != "scale") or "none"
             raise ReplivitError(f"{name} takes no option {option!r}; it takes: {takes}")
+        annotation = str(known[option].annotation)
+        if value is not None:
+            annotation = annotation.removesuffix(" | None")
+        found[option] = as_annotated(option, value, annotation)
+    check_device(found.get("device"))
+    return found

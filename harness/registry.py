@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "replivit.papers"
 BUILT_IN = "reproductions"
+#: A sentence about a wrong name lists the known ones up to this number.
+MOST_LISTED = 40
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,12 @@ def papers() -> list[Paper]:
 def _missing(kind: str, name: str, known: Iterable[str]) -> ReplivitError:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}"
+    if close:
+        hint = f"did you mean {', '.join(close)}?"
+    elif len(known) > MOST_LISTED:
+        hint = f"`replivit list` names all {len(known)}"
+    else:
+        hint = f"known: {', '.join(known)}"
     return ReplivitError(f"no {kind} {name!r}; {hint}")
 
 
@@ -288,7 +296,8 @@ def build(
             raise
         given = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
         raise ReplivitError(
-            f"{variant.name} cannot be built with {given} ({one_line(error)[:200]})"
+            f"{variant.name} cannot be built with {given} "
+            f"({textwrap.shorten(one_line(error), 160, placeholder=' ...')})"
         ) from error
     model.pretrained_cfg = model.default_cfg = pretrained_cfg(variant, classes, size)
     return model

@@ -11,9 +11,8 @@ of settings starts with `from __future__ import annotations`.
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -68,46 +67,30 @@ def choose(
                 raise ReplivitError(f"option {name}: {error}") from error
         elif name == "seeds":
             value = as_seeds(value)
-        elif found := ONE.fullmatch(kinds[name]):
-            if value is not None or not found[2]:
-                value = _number(name, value, found[1], (least or {}).get(name))
-        elif found := SEVERAL.fullmatch(kinds[name]):
-            value = _several(name, value, found[1])
+        else:
+            value = as_annotated(name, value, kinds[name], (least or {}).get(name))
         changes[name] = value
     setting = replace(base, **changes)
-    _check_device(getattr(setting, "device", None))
+    check_device(getattr(setting, "device", None))
     return setting
 
 
-def checked_options(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a function that has each of them as a parameter, numbers read as in `choose`.
+def as_annotated(name: str, given: Any, annotation: str, least: float | None = None) -> Any:
+    """An option as its annotation has it: numbers also from texts, several from one or a text.
 
-    What a parameter's annotation does not call a number or several passes as it is, and so does
-    everything that only `**options` takes.
+    Options that are neither numbers nor several of something stay as they are.
+
+    Args:
+        least: the least number that makes sense.
 
     Raises:
-        ReplivitError: an option that the function does not take, or one that is no number.
+        ReplivitError: a value that cannot be.
     """
-    parameters = inspect.signature(function).parameters.values()
-    kinds = {
-        one.name: str(one.annotation)
-        for one in parameters
-        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
-    }
-    any_name = any(one.kind is one.VAR_KEYWORD for one in parameters)
-    checked = dict(options)
-    for name, value in options.items():
-        if name not in kinds and not any_name:
-            known = ", ".join(one for one in kinds if one != "scale")
-            raise ReplivitError(f"no option {name!r}; there are {known}")
-        kind, _, optional = kinds.get(name, "").partition(" | ")
-        if optional not in ("", "None") or (value is None and optional):
-            continue
-        if ONE.fullmatch(kind):
-            checked[name] = _number(name, value, kind)
-        elif (found := SEVERAL.fullmatch(kind)) and found[1] != "str":
-            checked[name] = _several(name, value, found[1])
-    return checked
+    if found := ONE.fullmatch(annotation):
+        return given if given is None and found[2] else _number(name, given, found[1], least)
+    if found := SEVERAL.fullmatch(annotation):
+        return _several(name, given, found[1])
+    return given
 
 
 def as_seeds(given: int | str | Iterable[int]) -> tuple[int, ...]:
@@ -155,7 +138,12 @@ def _number(name: str, given: Any, kind: str, least: float | None = None) -> int
     return value
 
 
-def _check_device(device: Any) -> None:
+def check_device(device: Any) -> None:
+    """Refuse `cuda` on a machine without.
+
+    Raises:
+        ReplivitError: no CUDA device is available.
+    """
     if isinstance(device, str) and device.startswith("cuda"):
         import torch
 

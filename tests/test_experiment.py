@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 import harness
 from harness import experiment as experiment_module
@@ -23,13 +25,15 @@ class ToyPaper:
         return toy_table
 
 
-def toy_table(scale, width=2):
+def toy_table(
+    scale: str, width: int = 2, sizes: Sequence[int] | None = None, device: str = "cpu"
+) -> ExperimentResult:
     from matplotlib.figure import Figure
 
     figure = Figure()
     figure.subplots().plot([0, width])
     return ExperimentResult(
-        rows=[{"width": width, "scale": scale}],
+        rows=[{"width": width, "scale": scale} | ({"sizes": sizes} if sizes else {})],
         findings=[Finding("wider is wider", "reproduced", f"width {width}")],
         figures={"line": figure},
     )
@@ -83,5 +87,19 @@ def test_what_was_measured_is_kept_though_its_figures_are_not(own_home):
 
 
 def test_an_unknown_option_is_one_sentence_before_anything_runs():
-    with pytest.raises(ReplivitError, match="toy/table takes no option 'depth'; it takes: width"):
+    with pytest.raises(ReplivitError, match="takes no option 'depth'; it takes: width, sizes"):
         harness.run("toy/table", depth=3)
+
+
+def test_options_are_brought_into_the_form_of_their_annotations():
+    result = harness.run("toy/table", width="3", sizes="4,5")
+    assert result.rows == [{"width": 3, "scale": "small", "sizes": (4, 5)}]
+    assert "sizes" not in harness.run("toy/table", sizes=None).rows[0]
+    with pytest.raises(ReplivitError, match="option width must be a whole number, not 'wide'"):
+        harness.run("toy/table", width="wide")
+
+
+def test_a_missing_device_is_said_before_anything_runs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ReplivitError, match="no CUDA device is available"):
+        harness.run("toy/table", device="cuda")

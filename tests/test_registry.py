@@ -94,6 +94,8 @@ def test_build_is_deterministic_and_takes_overrides(package):
 def test_mistakes_are_one_sentence(package):
     with pytest.raises(ReplivitError, match="did you mean toy_one"):
         harness.build("toy_on")
+    with pytest.raises(ReplivitError, match=r"no variant 'qqq'; `replivit list` names all \d+$"):
+        harness.build("qqq")
     with pytest.raises(ReplivitError, match="takes no option 'depth'; it takes: width"):
         harness.build("toy_one", depth=3)
     with pytest.raises(ValueError, match="multiple of 8"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness import ReplivitError
-from harness.settings import as_seeds, checked_options, choose, of_scale
+from harness.settings import as_seeds, choose, of_scale
 
 
 @dataclass(frozen=True)
@@ -95,49 +95,6 @@ def test_impossible_values(name, given, message):
     least = {"epochs": 1, "limit": 1} | ({"lr": 0} if given != "fast" else {})
     with pytest.raises(ReplivitError, match=message):
         choose(SCALES, "tiny", {name: given}, least)
-
-
-def look(
-    scale: str = "small",
-    *,
-    count: int = 3,
-    share: float | None = None,
-    sizes: Sequence[int] | None = None,
-    names: Sequence[str] = (),
-    mixed: int | float = 1,
-    free=None,
-):
-    """An experiment that has its options as parameters."""
-
-
-def open_look(scale: str = "small", *, count: int = 3, **options):
-    """One that passes further options on."""
-
-
-def test_options_of_a_function_are_read_by_its_annotations():
-    given = {
-        "count": "5", "share": 1, "sizes": 8, "names": "a, b", "mixed": 0.5, "free": "x",
-    }  # fmt: skip
-    assert checked_options(look, given) == given | {"count": 5, "sizes": (8,)}
-    assert checked_options(look, {"share": None, "sizes": None}) == {"share": None, "sizes": None}
-    assert checked_options(look, {"sizes": "1,2"}) == {"sizes": (1, 2)}
-    assert checked_options(open_look, {"seeds": "0,1"}) == {"seeds": "0,1"}
-
-
-@pytest.mark.parametrize(
-    ("function", "options", "message"),
-    [
-        (look, {"colour": 1}, "no option 'colour'; there are count, share, sizes, names, mixed"),
-        (look, {"count": 0.5}, "option count must be a whole number, not 0.5"),
-        (look, {"count": None}, "option count must be a whole number, not None"),
-        (look, {"share": "x"}, "option share must be a number, not 'x'"),
-        (look, {"sizes": [1, "b"]}, "option sizes must be a whole number, not 'b'"),
-        (open_look, {"count": "many"}, "option count must be a whole number, not 'many'"),
-    ],
-)
-def test_options_that_a_function_cannot_take(function, options, message):
-    with pytest.raises(ReplivitError, match=message):
-        checked_options(function, options)
 
 
 def test_unknown_scale():
