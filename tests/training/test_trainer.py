@@ -27,8 +27,9 @@ def test_held_out_images_are_not_trained_on(fit):
             return super().loss(model, images, targets, context)
 
     plain = {"augment": "none", "batch_size": 24}
-    fit("part", objective=Watch(), recipe=plain | {"epochs": 1}, hold_out=48)
+    run = fit("part", objective=Watch(), recipe=plain | {"epochs": 1}, hold_out=48)
     assert len(torch.cat(seen).unique(dim=0)) == 48  # of 96
+    assert run.records[0].detail["held_out"] == 48
 
 
 def test_it_learns_and_records(fit, toy_data, tmp_path):
@@ -112,6 +113,8 @@ def test_training_starts_from_given_weights(fit, net, capfd):
     parent = net(seed=7)
     state_dict = {key: value for key, value in parent.state_dict().items() if "head" not in key}
     run = fit(init=state_dict, freeze=["stem.*"], quiet=False)
+    told = run.records[0].detail
+    assert told["starts_trained"] and told["frozen"] == ["stem.*"] and "held_out" not in told
     assert torch.equal(run.model.stem.weight, parent.stem.weight)
     assert "2 missing (head.weight, head.bias)" in " ".join(capfd.readouterr().err.split())
     with pytest.raises(ReplivitError, match="nothing of the initial weights fits"):
