@@ -168,7 +168,8 @@ def _read_parquet(files: list[Path]) -> Any:
     for file in files:
         try:
             tables.append(pyarrow.parquet.read_table(file))
-        except (pyarrow.ArrowException, OSError) as error:
+            _ = tables[-1].schema.names  # decoded only here: damaged ones are no text
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DataError(
                 f"{file} is truncated or not a parquet file ({one_line(error)})"
             ) from error

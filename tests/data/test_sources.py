@@ -314,3 +314,11 @@ def test_a_note_of_the_hub_that_cannot_be_read_says_nothing(tmp_path, note):
     table = pa.table({"image": FEW, "label": LABELS}).replace_schema_metadata({"huggingface": note})
     pq.write_table(table, tmp_path / "test.parquet")
     assert load_split(tmp_path).classes == ("0", "1", "2")
+
+
+def test_a_columns_name_that_is_no_text_is_one_sentence(tmp_path):
+    pq.write_table(pa.table({"image": FEW, "label": LABELS}), tmp_path / "test.parquet")
+    whole = (tmp_path / "test.parquet").read_bytes()
+    (tmp_path / "test.parquet").write_bytes(whole.replace(b"label", b"l\xfdbel"))
+    with pytest.raises(ReplivitError, match=r"test\.parquet is truncated or not a parquet file"):
+        load_split(tmp_path)
