@@ -14,7 +14,7 @@ from harness.environment import home
 from harness.errors import ReplivitError
 from harness.record import Conditions, Record, RecordStore, make_record, new_run_id
 from harness.registry import get_experiment
-from harness.settings import as_annotated, check_device
+from harness.settings import ONE, as_annotated, check_device
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,16 +134,18 @@ def _arguments(name: str, function: Callable, options: Mapping[str, Any]) -> dic
         ReplivitError: one that it does not have, a value that cannot be, or no CUDA device.
     """
     known = inspect.signature(function).parameters
-    if any(one.kind is one.VAR_KEYWORD for one in known.values()):
-        return dict(options)  # it checks them itself
-    found = {}
+    open_ended = any(one.kind is one.VAR_KEYWORD for one in known.values())
+    found = dict(options)
     for option, value in options.items():
+        if option not in known and open_ended:
+            continue  # it checks those itself
         if option not in known:
             takes = ", ".join(one for one in known if one != "scale") or "none"
             raise ReplivitError(f"{name} takes no option {option!r}; it takes: {takes}")
         annotation = str(known[option].annotation)
         if value is not None:
             annotation = annotation.removesuffix(" | None")
-        found[option] = as_annotated(option, value, annotation)
+        if not open_ended or ONE.fullmatch(annotation):  # names it takes may hold commas
+            found[option] = as_annotated(option, value, annotation)
     check_device(found.get("device"))
     return found

@@ -99,6 +99,17 @@ def test_options_are_brought_into_the_form_of_their_annotations():
         harness.run("toy/table", width="wide")
 
 
+def test_numbers_of_open_ended_experiments_too_and_names_stay_as_they_are(monkeypatch):
+    def table(scale, share: float = 0.5, arms: Sequence[str] | None = None, **changes):
+        return ExperimentResult(rows=[{"share": share, "arms": arms, **changes}])
+
+    monkeypatch.setattr(ToyPaper, "resolve", lambda self, reference: table)
+    result = harness.run("toy/table", share="5e-1", arms="inserted, untrained", epochs="3")
+    assert result.rows == [{"share": 0.5, "arms": "inserted, untrained", "epochs": "3"}]
+    with pytest.raises(ReplivitError, match="option share must be a number, not 'half'"):
+        harness.run("toy/table", share="half")
+
+
 def test_a_missing_device_is_said_before_anything_runs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ReplivitError, match="no CUDA device is available"):
