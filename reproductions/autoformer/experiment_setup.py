@@ -148,6 +148,8 @@ class Bench(SearchImages):
 
     def _train(self, net: nn.Module, name: str, seed: int, objective: Objective) -> TrainedModel:
         setting = self.setting
+        if setting.space == "b8":  # whose supernet has the weights of b's, and draws otherwise
+            name += "_b8"
         return train(
             net, setting.track, setting.recipe, seed, objective=objective, epochs=setting.epochs,
             hold_out=self.held_out, device=setting.device, root=setting.root,

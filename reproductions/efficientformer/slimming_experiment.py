@@ -202,10 +202,12 @@ def _train_supernet(setting: Setting, noise: str, device: str, root: str | Path 
     supernet = SuperNet(
         num_classes=classes, image_size=setting.image_size, noise=noise, **setting.supernet
     )
+    # No weight shows the noise, so the name does: a run under another one is another run.
+    name = "efficientformer_supernet" + ("" if noise == "uniform" else f"_{noise}")
     harness.train(
         supernet, setting.track, _recipe(setting), 0, callbacks=[AnnealTemperature()],
         hold_out=setting.held_out, epochs=setting.supernet_epochs, device=device, root=root,
-        image_size=setting.image_size, name="efficientformer_supernet", evaluate=False,
+        image_size=setting.image_size, name=name, evaluate=False,
     )  # fmt: skip
     return supernet.eval()
 

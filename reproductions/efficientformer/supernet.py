@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -109,12 +109,17 @@ class MetaPath(nn.Module):
 
     The branches are a 4D block, in late stages a 3D block, and the identity. The paper speaks of
     Gumbel-softmax but prints eps ~ U(0, 1): `noise` has both. Evaluation is without noise.
+
+    Raises:
+        ValueError: there is no such noise.
     """
 
     def __init__(
         self, block_4d: Meta4D, block_3d: Meta3D | None = None, noise: Noise = "uniform"
     ) -> None:
         super().__init__()
+        if noise not in get_args(Noise):
+            raise ValueError(f"no noise {noise!r}; there are {', '.join(get_args(Noise))}")
         branches = {"4d": block_4d} if block_3d is None else {"4d": block_4d, "3d": block_3d}
         self.branches = nn.ModuleDict(branches)
         self.kinds: tuple[Path, ...] = (*branches, "identity")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +28,7 @@ from reproductions.efficientformer_v2.search import (
     greedy_search,
     scaled_widths,
 )
-from reproductions.efficientformer_v2.search_setup import Images, Settings, choose_settings
+from reproductions.efficientformer_v2.search_setup import SCALES, Images, Settings, choose_settings
 from reproductions.efficientformer_v2.supernet import SandwichRule, SearchSpace, Supernet
 
 if TYPE_CHECKING:
@@ -92,9 +93,17 @@ def _train_supernet(settings: Settings, seed: int, num_classes: int) -> Supernet
         supernet, settings.track, _recipe(settings), seed, objective=SandwichRule(),
         hold_out=settings.search_images, epochs=settings.supernet_epochs,
         device=settings.device, root=settings.root,
-        image_size=settings.image_size, name="efficientformer_v2_supernet", evaluate=False,
+        image_size=settings.image_size, name=_run_name(settings.space), evaluate=False,
     )  # fmt: skip
     return trained.model
+
+
+def _run_name(space: SearchSpace) -> str:
+    """What a supernet's run is called: its weights do not show which narrower widths it trains."""
+    name = "efficientformer_v2_supernet"
+    if any(space == setting.space for setting in SCALES.values()):
+        return name
+    return f"{name}_{hashlib.sha256(repr(space).encode()).hexdigest()[:8]}"
 
 
 def _row(what: str, cost: Cost, architecture: Architecture, **columns: Any) -> dict[str, Any]:

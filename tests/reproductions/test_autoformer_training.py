@@ -11,8 +11,9 @@ import harness
 from harness.errors import ReplivitError
 from harness.evolution import Workers
 from harness.training import train
+from reproductions.autoformer import experiment_setup
 from reproductions.autoformer.counting import params_of
-from reproductions.autoformer.experiment_setup import choose_setting
+from reproductions.autoformer.experiment_setup import Bench, choose_setting
 from reproductions.autoformer.fitness import InheritedAccuracy
 from reproductions.autoformer.sharing import ClassicalSupernet
 from reproductions.autoformer.space import MICRO, Config
@@ -199,3 +200,14 @@ def test_wrong_options_of_the_experiments(options, message):
     options = dict(options)
     with pytest.raises(ValueError, match=message):
         choose_setting(options.pop("scale"), options)
+
+
+@pytest.mark.parametrize(("space", "suffix"), [("micro", ""), ("b", ""), ("b8", "_b8")])
+def test_supernets_of_equal_weights_and_other_draws_are_other_runs(monkeypatch, space, suffix):
+    names = []
+    monkeypatch.setattr(
+        experiment_setup, "train", lambda *_, **options: names.append(options["name"])
+    )
+    bench = Bench(choose_setting("tiny", {"space": space}))
+    bench._train(None, "autoformer_entangled", 0, None)
+    assert names == [f"autoformer_entangled{suffix}"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import harness
 from harness.measurement.latency import Effort
-from reproductions.efficientformer import latency_table, slimming
+from reproductions.efficientformer import latency_table, slimming, slimming_experiment
 from reproductions.efficientformer.blocks import Block, Meta3D, Meta4D
 from reproductions.efficientformer.supernet import (
     GRID,
@@ -51,6 +51,21 @@ def test_branch_weights_sum_to_one_and_become_one_hot(noise):
     assert float(path.weights().max().detach()) == pytest.approx(1, abs=1e-6)
     path.temperature = 1e4
     assert torch.allclose(path.weights(), torch.full((3,), 1 / 3), atol=1e-2)
+
+
+def test_a_supernet_under_another_noise_is_another_run(monkeypatch):
+    names = []
+    monkeypatch.setattr(harness, "train", lambda *_, **options: names.append(options["name"]))
+    for noise in ("uniform", "gumbel"):
+        slimming_experiment._train_supernet(
+            slimming_experiment.SETTINGS["tiny"], noise, "cpu", None
+        )
+    assert names == ["efficientformer_supernet", "efficientformer_supernet_gumbel"]
+
+
+def test_a_misspelt_noise_is_refused():
+    with pytest.raises(ValueError, match="no noise 'gumble'; there are uniform, gumbel, none"):
+        meta_path("gumble")
 
 
 def test_noise_is_uniform_as_printed_or_gumbel_and_absent_in_evaluation():

@@ -2,6 +2,7 @@
 
 import random
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -13,7 +14,12 @@ from torch.nn import functional as F
 import harness
 from harness.measurement.latency import Effort
 from harness.meta import on_meta
-from reproductions.efficientformer_v2 import experiments, ladder, search_experiment
+from reproductions.efficientformer_v2 import (
+    experiments,
+    ladder,
+    search_experiment,
+    search_setup,
+)
 from reproductions.efficientformer_v2.model import EfficientFormerV2
 from reproductions.efficientformer_v2.search import (
     Cost,
@@ -348,6 +354,13 @@ def test_stride_findings_follow_the_numbers():
         for finding in experiments._mixer_findings([row, {**larger, "ratio_high": 1.2}])
     ]
     assert good == ["reproduced", "reproduced"] and bad == ["deviates", "deviates"]
+
+
+def test_a_supernet_of_other_choices_is_another_run():
+    space = search_setup.SCALES["small"].space
+    assert search_experiment._run_name(space) == "efficientformer_v2_supernet"
+    fewer = replace(space, widths=((32,), (48,), (80,), (96,)))  # the same weights at the start
+    assert search_experiment._run_name(fewer).startswith("efficientformer_v2_supernet_")
 
 
 def test_search_experiment_end_to_end(monkeypatch):
