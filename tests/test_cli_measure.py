@@ -76,6 +76,8 @@ def test_a_typo_in_the_last_name_stops_before_measuring(monkeypatch):
 
 def test_set_needs_key_and_value():
     assert parse_options(["a=1.5", "b=[1, 2]", "c="]) == {"a": 1.5, "b": [1, 2], "c": None}
+    kept = {"a": None, "b": True, "c": [1, 2], "d": "x"}  # an experiment's options as recorded
+    assert parse_options([f"{key}={value}" for key, value in kept.items()]) == kept
     for wrong in ("a", "=1"):
         with pytest.raises(ReplivitError, match="key=value"):
             parse_options([wrong])

@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def parse_options(pairs: list[str] | None, option: str = "--set") -> dict[str, Any]:
-    """`["keep_ratio=0.7", "name=x"]` -> values read as YAML.
+    """`["keep_ratio=0.7", "name=x"]` -> values read as YAML; Python's `None` is YAML's `null`.
 
     Raises:
         ReplivitError: a pair without `=`, or a value that is no YAML.
@@ -33,7 +33,7 @@ def parse_options(pairs: list[str] | None, option: str = "--set") -> dict[str, A
         if not sign or not key:
             raise ReplivitError(f"{option} {pair!r}: write key=value")
         try:
-            options[key] = yaml.safe_load(value)
+            options[key] = None if value == "None" else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ReplivitError(f"{option} {pair!r}: {value!r} cannot be read") from error
     return options
