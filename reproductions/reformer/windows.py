@@ -38,7 +38,7 @@ class Windows:
         causal: keys of later positions are hidden.
         same_bucket: keys of other buckets (or rounds) are hidden.
         union: a pair that is seen N times counts once: log N is taken from each score (Eq. 6).
-        self_penalty: a token's score with itself, even if hidden otherwise; None: no rule.
+        self_penalty: a token's score with itself, also where it is padding; None: no rule.
         hidden: what is added to hidden scores.
     """
 
@@ -163,6 +163,7 @@ class Windows:
             )
 
         query, key = pairs(queries)
+        itself = key == query
         hidden = key > query if self.causal else None
         if self.valid is not None:
             gone = ~pairs(self.valid[rows].gather(1, queries.long()))[1]
@@ -171,12 +172,13 @@ class Windows:
             ids, other_ids = pairs(self._bucket_ids(rows))
             other = ids != other_ids
             hidden = other if hidden is None else hidden | other
+            itself = itself & ~other  # the copy that the ring brings from another round is hidden
         shape = (len(own), last - first, self.chunk, self.width)
         bias = torch.zeros(shape, dtype=own.dtype, device=own.device)
         if hidden is not None:
             bias.masked_fill_(hidden, self.hidden)
         if self.self_penalty is not None:
-            bias = torch.where(key == query, (self.self_penalty - own)[..., None], bias)
+            bias = torch.where(itself, (self.self_penalty - own)[..., None], bias)
         if self.union:
             bias -= self._times_seen(rows, queries, pairs).to(own.dtype).clamp_min_(1).log_()
         return bias

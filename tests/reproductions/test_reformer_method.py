@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -174,6 +175,20 @@ def test_shared_bias_of_inner_chunks_changes_nothing(monkeypatch):
     assert not any(shared for *_, shared in windows.blocks(2, query.device))
     slow = chunked_attention(query, key, value, windows)
     torch.testing.assert_close(quick, slow, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("union", [True, False])
+def test_a_copy_from_the_round_before_is_no_second_self(union):
+    """Its bucket hides it: a token alone weighs the same in all rounds, wherever it is sorted."""
+    query, key, value, windows = random_case(
+        rounds=3, length=16, buckets=2, causal=True, same_bucket=True, union=union
+    )
+    copies = windows.sorted.places[:, :, 0]  # of token 0: first chunk after a last chunk
+    assert ((copies < 8) & (copies.roll(1, 1) >= 8)).any()
+    found = chunked_attention(query.float(), key.float(), value.float(), windows)
+    penalty = torch.full((3,), -1e5 - math.log(3) * union)
+    factor = (penalty - penalty.logsumexp(0)).exp().sum()
+    torch.testing.assert_close(found[:, 0], factor * value[:, 0].float(), rtol=1e-6, atol=0)
 
 
 def test_order_of_rounds_does_not_matter_to_the_union():
