@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reproductions.reformer.kernels import attend, attend_backward
-from reproductions.reformer.windows import ACCELERATOR, Windows
+from reproductions.reformer.windows import ACCELERATOR, Biases, Windows
 
 #: Elements of one block's gathered queries, keys and values: what a cache holds.
 ROW_ELEMENTS = 1 << 21
@@ -82,7 +82,6 @@ class _Block:
         around = self.places[:, windows.ring(query.device).flatten()]
         self.query = self.sorted(query[rows])
         self.key, self.value = (self._windows_of(one[rows], around) for one in (key, value))
-        self._shared: Tensor | None = None
 
     def sorted(self, rows: Tensor) -> Tensor:
         """Values of tokens `(R, L, ...)` in sorted chunks `(R n, C, m, ...)`."""
@@ -105,14 +104,13 @@ class _Block:
 
     def parts(self, dropout: _Dropout) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Ranges of chunks with their bias and their factors of dropout."""
-        windows = self.windows
+        windows, biases = self.windows, Biases(self.windows, self.rows, self.places)
         for first, last, alike in windows.blocks(len(self.query), self.query.device):
             at = slice(first, last)
             if alike:
-                self._shared = windows.shared_bias(self.query)
-                bias = self._shared
+                bias = windows.shared_bias(self.query)
             else:
-                bias = windows.bias(self.rows, first, last, self.places, self.own_scores(at))
+                bias = biases.of(first, last, self.own_scores(at))
             shape = (len(self.query), last - first, windows.chunk, windows.width)
             yield at, bias, dropout.factors(shape, self.query)
 
@@ -276,7 +274,7 @@ def attention_maps(query: Tensor, key: Tensor, windows: Windows) -> tuple[Tensor
     everything = slice(0, windows.per_round)
     own = block.own_scores(everything)
     scores = block.query @ block.key.transpose(-1, -2)
-    scores += windows.bias(rows, 0, windows.per_round, block.places, own)
+    scores += Biases(windows, rows, block.places).of(0, windows.per_round, own)
     total = scores.logsumexp(-1)
     inside = (scores - total[..., None]).exp()
     merged = block.unsorted(total).logsumexp(1)

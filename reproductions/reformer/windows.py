@@ -88,12 +88,15 @@ class Windows:
             return order.expand(rows.stop - rows.start, -1)
         return self.sorted.order[rows].flatten(1)
 
-    def ring(self, device: torch.device) -> Tensor:
-        """Places of each round's chunks and of their neighbours: `(n, L + (before + after) m)`."""
-        start, stop = -self.before * self.chunk, self.length + self.after * self.chunk
-        places = torch.arange(start, stop, device=device)
+    def places(self, first: int, last: int, device: torch.device) -> Tensor:
+        """Places of a range of each round's chunks, on the ring: `(n, (last - first) m)`."""
+        places = torch.arange(first * self.chunk, last * self.chunk, device=device)
         rounds = torch.arange(self.rounds, device=device)[:, None] * self.length
         return (places + rounds) % (self.rounds * self.length)
+
+    def ring(self, device: torch.device) -> Tensor:
+        """Places of each round's chunks and of their neighbours: `(n, L + (before + after) m)`."""
+        return self.places(-self.before, self.per_round + self.after, device)
 
     def near(self, of_places: Tensor) -> Tensor:
         """Values of places `(R, n L, ...)` for each lane and its neighbours `(R n, L', ...)`."""
@@ -143,81 +146,119 @@ class Windows:
             bias.masked_fill_(key == query, self.self_penalty)
         return bias[None, None]
 
-    def bias(self, rows: slice, first: int, last: int, queries: Tensor, own: Tensor) -> Tensor:
-        """The bias of a range of chunks, from positions: `(R n, last - first, m, w)`.
+
+class Biases:
+    """What is added to the scores of some rows, range of chunks by range of chunks.
+
+    What all ranges share is made once, and a range touches its own tokens alone: the whole costs as
+    much as the sequence is long.
+
+    Args:
+        rows: of the windows' R rows.
+        tokens: of the rows in sorted order `(R, n L)`, as `Windows.queries` gives them.
+    """
+
+    def __init__(self, windows: Windows, rows: slice, tokens: Tensor) -> None:
+        self.windows, self.tokens = windows, tokens
+        self.valid = self.buckets = self.codes = None
+        if windows.valid is not None:
+            self.valid = windows.valid[rows].gather(1, tokens.long())
+        if windows.same_bucket:
+            self.buckets = self._bucket_ids(windows.sorted.buckets[rows])
+        if windows.union:
+            self.codes = self._codes(rows)
+
+    def _bucket_ids(self, buckets: Tensor) -> Tensor:
+        """Sorted bucket ids that differ between rounds: `(R, n L)`."""
+        ids = buckets.int()
+        offsets = torch.arange(self.windows.rounds, device=ids.device, dtype=ids.dtype)
+        return (ids + offsets[:, None] * (ids.max() + 1)).flatten(1)
+
+    def _codes(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """For each token and round `(R, n, L)`: its chunk on the ring, and what its bucket adds.
+
+        With `same_bucket` the sum is one number for chunk and bucket, else the second is 0.
+        """
+        windows = self.windows
+        places = windows.sorted.places[rows]
+        steps = torch.arange(windows.rounds, device=places.device, dtype=torch.int32)[:, None]
+        chunks = places.div(windows.chunk, rounding_mode="floor") + steps * windows.per_round
+        buckets = torch.zeros_like(chunks)
+        if windows.same_bucket:
+            found = windows.sorted.buckets[rows].int() * windows.chunks
+            buckets.scatter_(-1, windows.sorted.order[rows].long(), found)
+        return chunks, buckets
+
+    def of(self, first: int, last: int, own: Tensor) -> Tensor:
+        """The bias of a range of chunks: `(R n, last - first, m, w)`.
 
         Args:
-            queries: of the rows, as `queries` gives them.
             own: `(R n, last - first, m)`, each query's score with itself. It is taken off again, so
                 that the penalty replaces it: near -1e5 float32 resolves 0.008, and a token that
                 sees nobody else must weigh the same in all rounds.
         """
-
-        def pairs(of_places: Tensor) -> tuple[Tensor, Tensor]:
-            """Values of places `(R, n L)` at queries and at keys, ready to be compared."""
-            asked = of_places.unflatten(1, (self.rounds, self.per_round, self.chunk))
-            around = of_places[:, self._around(first, last, of_places.device)].flatten(0, 1)
-            return (
-                asked[:, :, first:last].flatten(0, 1)[..., None],
-                self.unfold(around)[..., None, :],
-            )
-
-        query, key = pairs(queries)
+        windows, device = self.windows, own.device
+        asked = windows.places(first, last, device).flatten()
+        near = windows.places(first - windows.before, last + windows.after, device).flatten()
+        query, key = self._pairs(self.tokens[:, asked], self.tokens[:, near])
         itself = key == query
-        hidden = key > query if self.causal else None
+        hidden = key > query if windows.causal else None
         if self.valid is not None:
-            gone = ~pairs(self.valid[rows].gather(1, queries.long()))[1]
+            gone = ~self._at_keys(self.valid[:, near])
             hidden = gone if hidden is None else hidden | gone
-        if self.same_bucket:
-            ids, other_ids = pairs(self._bucket_ids(rows))
+        if self.buckets is not None:
+            ids, other_ids = self._pairs(self.buckets[:, asked], self.buckets[:, near])
             other = ids != other_ids
             hidden = other if hidden is None else hidden | other
             itself = itself & ~other  # the copy that the ring brings from another round is hidden
-        shape = (len(own), last - first, self.chunk, self.width)
-        bias = torch.zeros(shape, dtype=own.dtype, device=own.device)
+        shape = (len(own), last - first, windows.chunk, windows.width)
+        bias = torch.zeros(shape, dtype=own.dtype, device=device)
         if hidden is not None:
-            bias.masked_fill_(hidden, self.hidden)
-        if self.self_penalty is not None:
-            bias = torch.where(itself, (self.self_penalty - own)[..., None], bias)
-        if self.union:
-            bias -= self._times_seen(rows, queries, pairs).to(own.dtype).clamp_min_(1).log_()
+            bias.masked_fill_(hidden, windows.hidden)
+        if windows.self_penalty is not None:
+            bias = torch.where(itself, (windows.self_penalty - own)[..., None], bias)
+        if self.codes is not None:
+            seen = self._times_seen(self.tokens[:, asked].long(), self.tokens[:, near].long())
+            bias -= seen.to(own.dtype).clamp_min_(1).log_()
         return bias
 
-    def _around(self, first: int, last: int, device: torch.device) -> Tensor:
-        """The part of `ring` that a range of chunks sees."""
-        return self.ring(device)[:, first * self.chunk : (last + self.parts - 1) * self.chunk]
+    def _at_queries(self, asked: Tensor) -> Tensor:
+        """Values of a range's places `(R, n c m)` as `(R n, c, m, 1)`."""
+        lanes = asked.unflatten(1, (self.windows.rounds, -1, self.windows.chunk))
+        return lanes.flatten(0, 1)[..., None]
 
-    def _bucket_ids(self, rows: slice) -> Tensor:
-        """Sorted bucket ids that differ between rounds: `(R, n L)`."""
-        ids = self.sorted.buckets[rows].int()
-        offsets = torch.arange(self.rounds, device=ids.device, dtype=ids.dtype)
-        return (ids + offsets[:, None] * (ids.max() + 1)).flatten(1)
+    def _at_keys(self, near: Tensor) -> Tensor:
+        """Values of a range's places and their neighbours' as windows `(R n, c, 1, w)`."""
+        lanes = near.unflatten(1, (self.windows.rounds, -1)).flatten(0, 1)
+        return self.windows.unfold(lanes)[..., None, :]
 
-    def _times_seen(self, rows: slice, queries: Tensor, pairs) -> Tensor:
+    def _pairs(self, asked: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, ready to be compared."""
+        return self._at_queries(asked), self._at_keys(near)
+
+    def _times_seen(self, asked: Tensor, near: Tensor) -> Tensor:
         """How often each query sees each key of its window, all rounds together (N_ij).
 
         Counts the chunks around the query's own, round by round, that hold the key; with
         `same_bucket`, only where both are in one bucket. Links between rounds count as well.
+
+        Args:
+            asked, near: tokens of a range's places, `_at_queries` and `_at_keys` of which are
+                compared.
         """
-        places, queries = self.sorted.places[rows], queries.long()
-        steps = torch.arange(self.rounds, device=places.device, dtype=torch.int32)[:, None]
-        chunk_of = places.div(self.chunk, rounding_mode="floor") + steps * self.per_round
-        bucket_code = torch.zeros_like(chunk_of)
-        if self.same_bucket:  # one number for chunk and bucket; links between rounds are hidden
-            found = self.sorted.buckets[rows].int() * self.chunks
-            bucket_code.scatter_(-1, self.sorted.order[rows].long(), found)
+        windows, (chunks, buckets) = self.windows, self.codes
         seen = 0
-        for one in range(self.rounds):
-            own_chunk = pairs(chunk_of[:, one].gather(1, queries))[0]
-            own_code = pairs(bucket_code[:, one].gather(1, queries))[0]
+        for one in range(windows.rounds):
+            own_chunk = self._at_queries(chunks[:, one].gather(1, asked))
+            own_bucket = self._at_queries(buckets[:, one].gather(1, asked))
             reach = {one}
-            if not self.same_bucket:  # rounds next to it, or all where a window spans rounds
-                far = max(self.before, self.after) > self.per_round
-                reach |= set(range(self.rounds)) if far else {one - 1, one + 1}
-            for other in sorted({round % self.rounds for round in reach}):
-                code = (chunk_of + bucket_code)[:, other]
-                key_code = pairs(code.gather(1, queries))[1]
-                for step in range(-self.before, self.after + 1):
-                    target = (own_chunk + step) % self.chunks + own_code
+            if not windows.same_bucket:  # rounds next to it, or all where a window spans rounds
+                far = max(windows.before, windows.after) > windows.per_round
+                reach |= set(range(windows.rounds)) if far else {one - 1, one + 1}
+            for other in sorted({round % windows.rounds for round in reach}):
+                code = chunks[:, other].gather(1, near) + buckets[:, other].gather(1, near)
+                key_code = self._at_keys(code)
+                for step in range(-windows.before, windows.after + 1):
+                    target = (own_chunk + step) % windows.chunks + own_bucket
                     seen = seen + (key_code == target).to(torch.int16)
         return seen

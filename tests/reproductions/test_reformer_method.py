@@ -8,7 +8,10 @@ import math
 import pytest
 import torch
 from reformer_tools import array
+from torch import is_tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from reproductions.reformer.attention import (
     FullAttention,
@@ -165,6 +168,33 @@ def test_blocks_of_rows_and_chunks_change_nothing(monkeypatch):
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
     for one, other in zip(torch.autograd.grad(parts.square().sum(), inputs), grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+class Written(TorchDispatchMode):
+    """Counts the elements of all new tensors; views are free."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in tree_leaves(args) if is_tensor(one)}
+        for one in filter(is_tensor, tree_leaves(found)):
+            if one.untyped_storage().data_ptr() not in given:
+                self.total += one.numel()
+        return found
+
+
+@pytest.mark.parametrize("rules", [{"union": True, "same_bucket": True}, {"union": True}, {}])
+def test_work_grows_like_the_length(rules, monkeypatch):
+    """Also where the biases are made chunk by chunk: no chunk may touch the whole sequence."""
+    monkeypatch.setattr("reproductions.reformer.windows.BIAS_ELEMENTS", 1)
+    work = []
+    for length in (32, 128):
+        query, key, value, windows = random_case(length=length, causal=True, rows=1, **rules)
+        with Written() as written:
+            chunked_attention(query, key, value, windows)
+        work.append(written.total)
+    assert work[1] < 1.1 * 4 * work[0]
 
 
 def test_shared_bias_of_inner_chunks_changes_nothing(monkeypatch):
