@@ -7,9 +7,11 @@ Sub-modules have the authors' names, so that their checkpoints load as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from timm.models import FeatureInfo
@@ -49,8 +51,11 @@ class Architecture:
     def __post_init__(self) -> None:
         """Accept lists (YAML, command line); raise `ValueError` on sizes that do not fit."""
         for name in ("embed_dims", "num_heads", "depths"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "windows", tuple(map(tuple, self.windows)))
+            object.__setattr__(self, name, _whole_numbers(name, getattr(self, name)))
+        if not isinstance(self.windows, Iterable):
+            raise ValueError(f"windows must be a list of sides for each stage, not {self.windows}")
+        windows = tuple(_whole_numbers("windows of a stage", one) for one in self.windows)
+        object.__setattr__(self, "windows", windows)
         stages = {
             name: len(getattr(self, name))
             for name in ("embed_dims", "num_heads", "depths", "windows")
@@ -58,11 +63,14 @@ class Architecture:
         if len(set(stages.values())) > 1:
             given = ", ".join(f"{count} {name}" for name, count in stages.items())
             raise ValueError(f"stages do not agree: {given}")
-        numbers = (*self.embed_dims, *self.num_heads, *self.depths, *sum(self.windows, ()))
-        if min(numbers, default=0) < 1 or not all(self.windows) or self.mlp_ratio <= 0:
-            raise ValueError("widths, heads, depths, windows and mlp_ratio must be positive")
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must be in [0, 1), not {self.drop_path_rate}")
+        _whole_numbers("stem_kernel and stem_stride", (self.stem_kernel, self.stem_stride))
+        for name in ("mlp_ratio", "init_std"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not value > 0:
+                raise ValueError(f"{name} must be positive, not {value!r}")
+        rate = self.drop_path_rate
+        if not isinstance(rate, Real) or not 0 <= rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), not {rate!r}")
 
     def sides(self, stage: int) -> tuple[int, ...]:
         """Side of the windows of each block of a stage."""
@@ -112,6 +120,13 @@ class Architecture:
             [Windows.of_side(*found, side).count for side in self.sides(stage)]
             for stage, found in enumerate(wanted)
         ]
+
+
+def _whole_numbers(name: str, given: Any) -> tuple[int, ...]:
+    values = tuple(given) if isinstance(given, Iterable) else ()
+    if not values or any(not isinstance(one, Integral) or one < 1 for one in values):
+        raise ValueError(f"{name} must be positive whole numbers, not {given!r}")
+    return values
 
 
 #: The released sizes (official code: `SepViT_Lite` ...) and one for 32x32 images. The rates of
@@ -279,9 +294,11 @@ class SepViTPyramid(Stages):
             raise ValueError("the pyramid's window tokens are constant zeros: no summary, no init")
         super().__init__(architecture, None, options)
         dims = architecture.embed_dims
-        self.out_indices = tuple(range(len(dims)) if out_indices is None else out_indices)
-        if any(not 0 <= stage < len(dims) for stage in self.out_indices):
-            raise ValueError(f"out_indices {self.out_indices}: stages are 0 to {len(dims) - 1}")
+        stages = range(len(dims))
+        given = stages if out_indices is None else out_indices
+        self.out_indices = tuple(given) if isinstance(given, Iterable) else ()
+        if not self.out_indices or any(one not in stages for one in self.out_indices):
+            raise ValueError(f"out_indices {given}: a list of stages, which are 0 to {stages[-1]}")
         self.num_classes, self.num_features = num_classes, dims[-1]
         self.norm_list = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
         self.norm: nn.Module = nn.LayerNorm(dims[-1], eps=1e-6)
