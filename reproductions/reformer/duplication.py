@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from harness.environment import home
+from harness.errors import ReplivitError
 from harness.state_dicts import read_state_dict, save_weights
 from reproductions.reformer.language_model import ReformerLM
 from reproductions.reformer.rules import get_rules
@@ -106,6 +107,9 @@ def train(
 
     Data and rotations of a step are decided by seed and step alone, so that a run that was stopped
     ends as one that was not.
+
+    Raises:
+        ReplivitError: the loss is no number any more; the last checkpoint stays.
     """
     path, total = run_path(task, rounds, seed), task.steps_of(rounds)
     if path.is_file():
@@ -135,7 +139,11 @@ def train(
         optimizer.step()
         scheduler.step()
         recent = [*recent[-19:], loss.detach()]
-        if (step + 1) % STEPS_PER_CHECKPOINT == 0 and step + 1 < total:
+        last = step + 1 == total
+        pause = (step + 1) % STEPS_PER_CHECKPOINT == 0 or last
+        if pause and not loss.isfinite():
+            raise ReplivitError(f"{path.stem}: the loss is {loss.item()} at step {step + 1}")
+        if pause and not last:
             _save_partial(partial, model, optimizer, scheduler, step + 1)
             if not quiet:
                 print(f"{path.stem}: step {step + 1} of {total}, loss {loss.item():.3f}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -58,16 +58,14 @@ def duplication(
     Raises:
         ReplivitError: an unknown scale, option or row.
     """
-    if isinstance(changes.get("steps"), int):
-        changes["steps"] = (changes["steps"],) * 5
-    task = choose(TASKS, scale, changes)
+    task = _task(scale, changes)
     seeds = SEEDS[scale] if seeds is None else as_seeds(seeds)
-    chosen = (trained,) if isinstance(trained, int) else tuple(trained)
+    chosen = (trained,) if isinstance(trained, int) else tuple(dict.fromkeys(trained))
     if not chosen or set(chosen) - {0, 1, 2, 4, 8}:
-        raise ReplivitError(
-            "trained is a list of 0 (full attention), 1, 2, 4 and 8; one seed needed"
-        )
-    count = sequences or SEQUENCES[scale]
+        raise ReplivitError("trained is a list of 0 (full attention), 1, 2, 4 and 8")
+    count = SEQUENCES[scale] if sequences is None else sequences
+    if not isinstance(count, int) or count < 1:
+        raise ReplivitError(f"option sequences must be a whole number from 1 on, not {count!r}")
     found: dict[tuple[str, str], list[float]] = {}
     asked, losses = {}, {}
     for rounds in chosen:
@@ -95,6 +93,25 @@ def duplication(
         ),
         detail={"final_loss": losses, "symbols_asked": asked},
     )  # fmt: skip
+
+
+def _task(scale: str, changes: Mapping[str, Any]) -> Task:
+    """The task of a scale with single fields changed; one number of steps is for all rows.
+
+    Raises:
+        ReplivitError: an unknown scale or option, or a number that cannot be.
+    """
+    counts = ("symbols", "dim", "num_heads", "hidden", "chunk", "batch_size", "warmup")
+    task = choose(TASKS, scale, changes, {**dict.fromkeys(counts, 1), "length": 4, "lr": 0})
+    if task.length % 2:
+        raise ReplivitError(f"0w0w has an even length, not {task.length}")
+    steps = task.steps * 5 if len(task.steps) == 1 else task.steps
+    if len(steps) != 5 or min(steps) < 1:
+        raise ReplivitError(
+            "steps are five whole numbers from 1 on (full attention, 1, 2, 4, 8 rounds) or one "
+            f"for all, not {task.steps}"
+        )
+    return replace(task, steps=steps)
 
 
 def _name(rounds: int | None) -> str:

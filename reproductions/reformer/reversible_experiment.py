@@ -64,8 +64,10 @@ def reversible(scale: str = "small", **changes: Any) -> ExperimentResult:
     Raises:
         ReplivitError: an unknown scale or option, or fewer than three depths.
     """
-    setting = choose(SETTINGS, scale, changes)
-    if len(setting.depths) < 3 or min(setting.depths) < 1:
+    counts = ("batch", "length", "dim", "num_heads", "chunk")
+    least = {**dict.fromkeys(counts, 1), "rounds": 0, "ff_chunk": 0, "dropout": 0}
+    setting = choose(SETTINGS, scale, changes, least)
+    if len(set(setting.depths)) < 3 or min(setting.depths) < 1:
         raise ReplivitError("a slope needs at least three depths of one layer or more")
     size = asdict(setting)
     del size["depths"], size["dropout"]
@@ -76,19 +78,14 @@ def reversible(scale: str = "small", **changes: Any) -> ExperimentResult:
     ]
     found = np.array(peak_bytes(prepare, jobs)) / 1e6
     peaks = dict(zip((True, False), found.reshape(2, -1).tolist(), strict=True))
-    seconds = {True: [], False: []}
-    for job in jobs:
-        work = prepare(**job)
-        start = time.process_time()
-        work()
-        seconds[job["reversible"]].append(time.process_time() - start)
+    seconds = dict(zip((True, False), np.reshape(_cpu_seconds(jobs), (2, -1)), strict=True))
     rows = [
         {
             "layers": depth,
             "reversible, MB": round(peaks[True][index], 1),
             "ordinary, MB": round(peaks[False][index], 1),
-            "reversible, CPU s": round(seconds[True][index], 2),
-            "ordinary, CPU s": round(seconds[False][index], 2),
+            "reversible, CPU s": round(float(seconds[True][index]), 2),
+            "ordinary, CPU s": round(float(seconds[False][index]), 2),
         }
         for index, depth in enumerate(setting.depths)
     ]
@@ -148,6 +145,21 @@ def prepare(depth: int, reversible: bool, **size: Any) -> Callable[[], object]:
         (first.square().mean() + second.square().mean()).backward()
 
     return work
+
+
+def _cpu_seconds(jobs: list[dict[str, Any]]) -> list[float]:
+    """CPU time of each training step on one thread."""
+    threads, found = torch.get_num_threads(), []
+    try:
+        torch.set_num_threads(1)
+        for job in jobs:
+            work = prepare(**job)
+            start = time.process_time()
+            work()
+            found.append(time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return found
 
 
 def gradient_gap(setting: Setting, depth: int = 4) -> dict[str, float]:

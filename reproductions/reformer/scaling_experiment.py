@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -126,7 +126,12 @@ def scaling(scale: str = "small", **changes: Any) -> ExperimentResult:
 
 
 def _setting(scale: str, changes: dict[str, Any]) -> Setting:
-    setting = choose(SETTINGS, scale, changes)
+    least = {"tokens": 1, "head_dim": 1, "chunk": 1, "repeats": 2}
+    setting = choose(SETTINGS, scale, changes, least)
+    lengths, rounds = (tuple(sorted(set(one))) for one in (setting.lengths, setting.rounds))
+    setting = replace(setting, lengths=lengths, rounds=rounds)
+    if min(rounds, default=0) < 1 or min(lengths, default=0) < 1:
+        raise ReplivitError("lengths and rounds must be from 1 on")
     if len(setting.lengths) < 3:
         raise ReplivitError("a fit needs at least three lengths")
     for length in setting.lengths:
@@ -135,8 +140,6 @@ def _setting(scale: str, changes: dict[str, Any]) -> Setting:
                 f"length {length} must divide {setting.tokens} tokens into sequences and itself "
                 f"into pairs of chunks of {setting.chunk}"
             )
-    if setting.repeats < 2:
-        raise ReplivitError("an interval needs at least two repeats")
     return setting
 
 

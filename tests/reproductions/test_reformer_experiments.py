@@ -20,7 +20,7 @@ from reproductions.reformer.reversible_experiment import (
     gradient_gap,
     reversible,
 )
-from reproductions.reformer.scaling_experiment import crossing, exponent, scaling
+from reproductions.reformer.scaling_experiment import _setting, crossing, exponent, scaling
 
 
 @pytest.fixture(autouse=True)
@@ -97,11 +97,25 @@ def test_table_of_duplication():
         ({"scale": "huge"}, "no scale 'huge'"),
         ({"scale": "tiny", "widht": 3}, "no option 'widht'"),
         ({"scale": "tiny", "trained": (3,)}, "1, 2, 4 and 8"),
+        ({"scale": "tiny", "sequences": 0}, "sequences must be a whole number from 1 on, not 0"),
+        ({"scale": "tiny", "steps": (10, 10)}, "five whole numbers from 1 on"),
+        ({"scale": "tiny", "steps": 0}, "five whole numbers from 1 on"),
+        ({"scale": "tiny", "length": 31}, "an even length, not 31"),
+        ({"scale": "tiny", "warmup": 0}, "option warmup must be a whole number from 1 on"),
+        (
+            {"scale": "tiny", "lr": float("inf"), "steps": 3, "trained": 0},
+            "full-seed0: the loss is nan",
+        ),
     ],
 )
 def test_duplication_refuses(options, words):
     with pytest.raises(ReplivitError, match=words):
         duplication(**options)
+
+
+def test_a_row_that_is_asked_for_twice_is_one_row():
+    result = duplication("tiny", trained=(1, 1), steps=1, sequences=1, quiet=True)
+    assert [row["seeds"] for row in result.rows] == [1] * 5
 
 
 def test_exponents_and_crossings_of_known_curves():
@@ -123,6 +137,12 @@ def test_scaling_gives_fits_and_a_figure():
     assert set(result.detail["exponents"]) == {"full, fused", "LSH-2"} and result.figures
     with pytest.raises(ReplivitError, match="length 1000 must divide"):
         scaling("tiny", lengths=(1000, 512, 256))
+    with pytest.raises(ReplivitError, match="rounds must be from 1 on"):
+        scaling("tiny", rounds=(0, 1))
+    with pytest.raises(ReplivitError, match="option chunk must be a whole number from 1 on"):
+        scaling("tiny", chunk=0)
+    turned = _setting("tiny", {"lengths": (1024, 256, 512, 256), "rounds": (2, 1)})
+    assert turned.lengths == (256, 512, 1024) and turned.rounds == (1, 2)
 
 
 def allocate(megabytes: int):
@@ -152,7 +172,9 @@ def test_memory_of_a_deep_reversible_stack():
     slopes = result.detail["slopes_mb"]
     assert slopes["reversible"][0] < 0.15 * slopes["ordinary"][0]
     with pytest.raises(ReplivitError, match="three depths"):
-        reversible("tiny", depths=(1, 2))
+        reversible("tiny", depths=(1, 2, 2))
+    with pytest.raises(ReplivitError, match="option length must be a whole number from 1 on"):
+        reversible("tiny", length=0)
 
 
 @pytest.mark.parametrize(("scale", "value", "verdict"), [
