@@ -6,6 +6,8 @@ inside, and the padding is hidden: the answer is that of the ragged last chunk.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -119,6 +121,13 @@ def _as_rows(valid: Tensor | None, heads: int) -> Tensor | None:
     return None if valid is None else valid.repeat_interleave(heads, 0)
 
 
+def check_rounds(*rounds: int | None) -> None:
+    """Raise `ValueError` unless all that are given are numbers of rounds."""
+    for one in rounds:
+        if one is not None and (not isinstance(one, Integral) or one < 1):
+            raise ValueError(f"LSH attention needs at least one round of hashing, not {one!r}")
+
+
 class LSHAttention(_Heads):
     """LSH self-attention with shared queries and keys (Sec. 2).
 
@@ -151,8 +160,7 @@ class LSHAttention(_Heads):
         **options,
     ) -> None:
         super().__init__(dim, num_heads, head_dim, **options)
-        if min(rounds, rounds if eval_rounds is None else eval_rounds) < 1:
-            raise ValueError("LSH attention needs at least one round of hashing")
+        check_rounds(rounds, eval_rounds)
         self.rules = get_rules(rules)
         self.num_buckets = num_buckets if num_buckets is None else factors_of(num_buckets)
         self.rounds, self.eval_rounds = rounds, eval_rounds or rounds

@@ -38,6 +38,12 @@ _HF_LAYER = [
 ]  # fmt: skip
 
 
+#: Constants that older versions saved with the weights.
+_HF_CONSTANTS = (
+    r"(?:encoder\.)?layers\.\d+\.attention\.self_attention\.(?:self_)?mask_value_float\d+"
+)
+
+
 def from_hugging_face(state: State) -> dict[str, Tensor]:
     """A `ReformerModelWithLMHead` (or its `reformer.` part) for `ReformerLM`.
 
@@ -52,13 +58,15 @@ def from_hugging_face(state: State) -> dict[str, Tensor]:
         (r"encoder\.layer_norm\.(.*)", r"norm.\1"),
         (r"lm_head\.decoder\.(.*)", r"decoder.\1"),
     ]
-    skip = r"lm_head\.bias" if "lm_head.decoder.bias" in state else r"$^"
+    skip = _HF_CONSTANTS
+    if "lm_head.decoder.bias" in state:
+        skip += r"|lm_head\.bias"
     return _renamed(state, [*rules, (r"lm_head\.bias", "decoder.bias")], skip)
 
 
 def from_hugging_face_encoder(state: State) -> dict[str, Tensor]:
     """A `ReformerEncoder`'s layers for a `ReversibleStack`, and its last norm as `norm.*`."""
-    return _renamed(state, [*_HF_LAYER, (r"layer_norm\.(.*)", r"norm.\1")])
+    return _renamed(state, [*_HF_LAYER, (r"layer_norm\.(.*)", r"norm.\1")], _HF_CONSTANTS)
 
 
 def from_lucidrains(state: State) -> dict[str, Tensor]:

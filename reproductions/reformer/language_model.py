@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from reproductions.reformer.attention import FullAttention, LocalAttention, LSHAttention
-from reproductions.reformer.hashing import NumBuckets
+from reproductions.reformer.hashing import NumBuckets, buckets_hugging_face
 from reproductions.reformer.layers import (
     AxialPositions,
     FeedForward,
@@ -126,6 +128,9 @@ class ReformerLM(nn.Module):
             raise ValueError(f"layers are a list of {', '.join(KINDS)}, not {list(layers)}")
         self.embedding = nn.Embedding(vocab_size, dim)
         self.positions = _positions(positions, max_length, dim, axial_shape, axial_dims)
+        if rules.num_buckets is buckets_hugging_face:  # their limit depends on the positions
+            longest = math.prod(axial_shape) if positions == "axial" else max_length
+            rules = rules.changed(num_buckets=partial(buckets_hugging_face, max_positions=longest))
         self.drop = nn.Dropout(drop_rate)
         common = {"causal": causal, "attn_drop": attn_drop}
 

@@ -8,6 +8,7 @@ attention stands in an ordinary ViT (no reversible layers, unmasked padding).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from timm.layers import DropPath, PatchEmbed, trunc_normal_
@@ -15,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from harness.patches import ImageSize, patch_grid
-from reproductions.reformer.attention import LSHAttention
+from reproductions.reformer.attention import LSHAttention, check_rounds
 from reproductions.reformer.hashing import NumBuckets, buckets_paper
 from reproductions.reformer.layers import AxialPositions, FeedForward, PreNormAttention
 from reproductions.reformer.reversible import ReversibleBlock, ReversibleStack
@@ -109,9 +110,12 @@ class ReformerViT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head; 0 for none."""
+        """A new head, where the network is; 0 for none."""
         self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = nn.Identity()
+        if num_classes:
+            like = self.norm.weight
+            self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -119,7 +123,12 @@ class ReformerViT(nn.Module):
         return {name for name, _ in self.named_parameters() if name.startswith("pos_embed")}
 
     def set_rounds(self, rounds: int | None = None, eval_rounds: int | None = None) -> None:
-        """Change the rounds of hashing of all layers: weights do not depend on them."""
+        """Change the rounds of hashing of all layers: weights do not depend on them.
+
+        Raises:
+            ValueError: less than one round; then nothing changes.
+        """
+        check_rounds(rounds, eval_rounds)
         for module in self.modules():
             if isinstance(module, LSHAttention):
                 module.rounds = rounds or module.rounds
@@ -187,9 +196,10 @@ def reformer_vit(
         rotation_seed: of the rotations in evaluation; block i uses this plus i.
 
     Raises:
-        ValueError: the image does not divide into patches, the width into heads, or an odd
-            number of buckets.
+        ValueError: the image does not divide into patches, the width into heads, an odd number of
+            buckets, or a size that is none.
     """
+    _check_sizes(patch_size, embed_dim, depth, mlp_ratio, drop_path_rate)
     rows, columns = patch_grid(image_size, patch_size, "the Reformer")
     chunk = fitting_chunk(rows * columns) if chunk is None else chunk
     rules = get_rules(rules)
@@ -203,6 +213,19 @@ def reformer_vit(
         num_classes, image_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, attention,
         axial, ff_chunk, reversible, drop_rate, proj_drop_rate, drop_path_rate,
     )  # fmt: skip
+
+
+def _check_sizes(
+    patch_size: int, embed_dim: int, depth: int, mlp_ratio: float, drop_path_rate: float
+) -> None:
+    sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth}
+    for name, value in sizes.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
+    if not mlp_ratio > 0:
+        raise ValueError(f"mlp_ratio must be positive, not {mlp_ratio}")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate must be in [0, 1), not {drop_path_rate}")
 
 
 def fitting_chunk(length: int, least: int = 8, most: int = 32) -> int:
@@ -259,8 +282,10 @@ def benchmark_vit(
         init_values: of layer scales; None for none.
 
     Raises:
-        ValueError: the image does not divide into patches, or the width into heads.
+        ValueError: the image does not divide into patches, the width into heads, or a size that is
+            none.
     """
+    _check_sizes(patch_size, embed_dim, depth, 4.0, drop_path_rate)
     rows, columns = patch_grid(image_size, patch_size, "the Reformer")
     model = VisionTransformer(
         img_size=image_size, patch_size=patch_size, num_classes=num_classes, embed_dim=embed_dim,

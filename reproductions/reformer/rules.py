@@ -56,6 +56,10 @@ class Rules:
     shared_dropout: bool = False
     dense_up_to_chunk: bool = False
 
+    def __post_init__(self) -> None:
+        if min(self.before, self.after) < 0:
+            raise ValueError("the numbers of chunks before and after must not be below 0")
+
     def changed(self, **fields: Any) -> Rules:
         """A copy with single fields changed."""
         return replace(self, **fields)

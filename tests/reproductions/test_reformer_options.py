@@ -11,10 +11,16 @@ from torch import nn
 
 import harness
 from reproductions.reformer.attention import FullAttention, LocalAttention, LSHAttention
-from reproductions.reformer.hashing import buckets_lucidrains, draw_rotations, hash_vectors
+from reproductions.reformer.convert import from_hugging_face, from_hugging_face_encoder
+from reproductions.reformer.hashing import (
+    buckets_hugging_face,
+    buckets_lucidrains,
+    draw_rotations,
+    hash_vectors,
+)
 from reproductions.reformer.language_model import ReformerLM, reformer_lm
 from reproductions.reformer.layers import AxialPositions, FeedForward, PreNormAttention
-from reproductions.reformer.model import fitting_chunk, reformer_vit
+from reproductions.reformer.model import benchmark_vit, fitting_chunk, reformer_vit
 from reproductions.reformer.reversible import ReversibleBlock, ReversibleStack
 from reproductions.reformer.rules import RULES, get_rules
 from reproductions.reformer.windows import Windows
@@ -169,6 +175,39 @@ def test_rounds_can_be_changed_later():
         before = model(images)
         model.set_rounds(eval_rounds=8)
         assert torch.equal(model(images), other(images)) and not torch.equal(before, model(images))
+        for wrong in ({"rounds": 0}, {"eval_rounds": -1}):
+            with pytest.raises(ValueError, match="at least one round"):
+                model.set_rounds(**wrong)
+        assert torch.equal(model(images), other(images)), "a refused change changes nothing"
+
+
+def test_a_new_head_is_where_the_network_is():
+    model = harness.build("reformer_vit_micro", depth=1).double()
+    model.reset_classifier(3)
+    assert model.head.weight.dtype == torch.float64
+    assert model(array(0, (1, 3, 32, 32)).double()).shape == (1, 3)
+
+
+def test_buckets_of_transformers_depend_on_its_positions():
+    """Above 2 max(sqrt(positions / chunk), chunk) there are two factors."""
+    options = {"dim": 16, "num_heads": 2, "layers": ("lsh",), "chunk": 8, "rules": "hugging_face"}
+    axial = {"positions": "axial", "axial_shape": (16, 16), "axial_dims": (8, 8)}
+    for more in ({"max_length": 256}, axial):
+        (layer,) = (one for one in ReformerLM(10, **options, **more).modules()
+                    if isinstance(one, LSHAttention))  # fmt: skip
+        assert layer.buckets_for(64) == 16 and layer.buckets_for(128) == (4, 8)
+    assert buckets_hugging_face(128, 8, max_positions=4096) == 32
+
+
+def test_old_checkpoints_of_transformers_hold_constants():
+    layer = "encoder.layers.0.attention.self_attention."
+    names = [f"{layer}{one}mask_value_float{bits}" for one in ("", "self_") for bits in (16, 32)]
+    weight = {f"{layer}query_key.weight": torch.zeros(1)}
+    state = {**weight, **dict.fromkeys(names, torch.zeros(()))}
+    found = from_hugging_face({f"reformer.{key}": one for key, one in state.items()})
+    assert list(found) == ["stack.blocks.0.attention.attention.to_qk.weight"]
+    inner = {key.removeprefix("encoder."): one for key, one in state.items()}
+    assert list(from_hugging_face_encoder(inner)) == ["blocks.0.attention.attention.to_qk.weight"]
 
 
 def test_stochastic_depth_is_replayed():
@@ -214,6 +253,13 @@ def test_the_chunk_fits_the_number_of_patches():
         (lambda: ReformerLM(10, positions="axial", axial_shape=(4, 4), axial_dims=(8, 8)), "256"),
         (lambda: FeedForward(8, 8, activation="swish"), "known: relu, gelu"),
         (lambda: reformer_vit(10, 30, patch_size=16), "multiple of 16"),
+        (lambda: reformer_vit(10, 32, patch_size=0), "patch_size must be a whole number from 1 on"),
+        (lambda: reformer_vit(10, 32, embed_dim=0), "embed_dim must be a whole number from 1 on"),
+        (lambda: benchmark_vit(10, 32, depth=-1), "depth must be a whole number from 1 on, not -1"),
+        (lambda: reformer_vit(10, 32, mlp_ratio=0), "mlp_ratio must be positive"),
+        (lambda: reformer_vit(10, 32, drop_path_rate=1.5), r"must be in \[0, 1\), not 1.5"),
+        (lambda: reformer_vit(10, 32, before=-1), "must not be below 0"),
+        (lambda: reformer_vit(10, 32, rounds=1.5), "at least one round of hashing, not 1.5"),
         (
             lambda: hash_vectors(torch.zeros(1, 1, 4, 3), torch.zeros(1, 1, 3, 1, 2), 8),
             "4 columns",
