@@ -96,8 +96,9 @@ class _Block:
 
     def unsorted(self, lanes: Tensor) -> Tensor:
         """Values of sorted chunks `(R n, C, m, ...)` of each round: `(R, n, L, ...)`."""
-        shape = (len(self.places), self.windows.rounds, self.windows.length)
-        flat = lanes.reshape(len(self.places), -1, *lanes.shape[3:])
+        count = self.places.shape[0]
+        shape = (count, self.windows.rounds, self.windows.length)
+        flat = lanes.reshape(count, -1, *lanes.shape[3:])
         if self.windows.sorted is not None:
             flat = take(flat, self.windows.sorted.undo[self.rows])
         return flat.reshape(*shape, *flat.shape[2:])
@@ -105,13 +106,13 @@ class _Block:
     def parts(self, dropout: _Dropout) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Ranges of chunks with their bias and their factors of dropout."""
         windows, biases = self.windows, Biases(self.windows, self.rows, self.places)
-        for first, last, alike in windows.blocks(len(self.query), self.query.device):
+        for first, last, alike in windows.blocks(self.query.shape[0], self.query.device):
             at = slice(first, last)
             if alike:
                 bias = windows.shared_bias(self.query)
             else:
                 bias = biases.of(first, last, self.own_scores(at))
-            shape = (len(self.query), last - first, windows.chunk, windows.width)
+            shape = (self.query.shape[0], last - first, windows.chunk, windows.width)
             yield at, bias, dropout.factors(shape, self.query)
 
     def own_scores(self, at: slice) -> Tensor:
@@ -125,6 +126,9 @@ def _row_blocks(windows: Windows, query: Tensor, value: Tensor) -> Iterator[slic
     size = windows.rounds * windows.length * (2 * query.shape[-1] + value.shape[-1])
     elements = ROW_ELEMENTS * (1 if query.device.type == "cpu" else ACCELERATOR)
     step, count = max(1, elements // size), query.shape[0]
+    if not isinstance(count, int):  # in a program that is exported for any batch
+        yield slice(0, count)
+        return
     for first in range(0, count, step):
         yield slice(first, min(first + step, count))
 

@@ -131,7 +131,9 @@ class Windows:
                     yield start, stop, shared
             return
         elements = BIAS_ELEMENTS * (1 if device.type == "cpu" else ACCELERATOR)
-        most = max(1, elements // (lanes * self.chunk * self.width))
+        most = self.per_round
+        if isinstance(lanes, int):  # not in a program that is exported for any batch
+            most = max(1, elements // (lanes * self.chunk * self.width))
         for first in range(0, self.per_round, most):
             yield first, min(first + most, self.per_round), False
 
@@ -211,7 +213,7 @@ class Biases:
             other = ids != other_ids
             hidden = other if hidden is None else hidden | other
             itself = itself & ~other  # the copy that the ring brings from another round is hidden
-        shape = (len(own), last - first, windows.chunk, windows.width)
+        shape = (own.shape[0], last - first, windows.chunk, windows.width)
         bias = torch.zeros(shape, dtype=own.dtype, device=device)
         if hidden is not None:
             bias.masked_fill_(hidden, windows.hidden)

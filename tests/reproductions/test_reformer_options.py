@@ -142,6 +142,26 @@ def test_more_rounds_come_nearer_to_full_attention():
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.5 * errors[0]
 
 
+class OutputAlone(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+@pytest.mark.parametrize("rules", ["trax_v2", "paper"])
+def test_a_program_takes_any_batch(rules):
+    """Rows and chunks go through in blocks, whose number may not be written into a program."""
+    model = OutputAlone(LSHAttention(8, 2, chunk=4, rules=rules)).eval()
+    batch, x = torch.export.Dim("batch", min=1, max=2**31 - 1), array(1, (5, 32, 8))
+    with torch.no_grad():
+        wanted = model(x)
+        program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: batch},)).module()
+        torch.testing.assert_close(program(x), wanted)
+
+
 # options, and bad input
 
 
