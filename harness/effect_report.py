@@ -92,6 +92,9 @@ def report(
         _row(name, trained[name], one, gaps[name], p_values.get(name), costs[name])
         for name, one in runs.items()
     ]
+    if setting.seconds == 0:  # nothing was timed
+        for row in rows:
+            del row["time (ms)"], row["speed-up"]
     return {
         "rows": rows,
         "findings": judge(claims, runs),
@@ -204,11 +207,16 @@ def _speed_up(timing: Timing) -> str:
 
 
 def draw(runs: Runs, costs: Mapping[str, Cost]) -> Figure:
-    """Accuracy against MACs and against measured time: one point per arm, bars over seeds."""
+    """Accuracy against MACs and against measured time: one point per arm, bars over seeds.
+
+    Arms that all cost the same stand in rows instead.
+    """
     from matplotlib.figure import Figure
 
     names = [name for name in runs if name != PARENT]
     timed = all(costs[name].timing for name in names)
+    if not timed and len({costs[name].macs.mean for name in names}) == 1:
+        return draw_arms({name: runs[name] for name in names}, CONTROL)
     figure = Figure(figsize=(10 if timed else 6.5, 4.2), layout="constrained")
     panels = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
     for number, name in enumerate(names):
@@ -229,6 +237,27 @@ def draw(runs: Runs, costs: Mapping[str, Cost]) -> Figure:
         panels[1].set_ylabel("")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_arms(runs: Runs, reference: str) -> Figure:
+    """Top-1 of every arm: a dot per seed, a bar for the mean's interval; a line at a reference."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 0.5 * len(runs) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, one) in enumerate(reversed(runs.items())):
+        values = [run.top1.value for run in one]
+        summary = mean_std(values)
+        colour = "C3" if name == reference else "C0"
+        low, high = summary.interval or one[0].top1.interval
+        axes.plot([low, high], [place, place], color=colour, linewidth=5, alpha=0.25)
+        axes.plot(values, [place] * len(values), "o", color=colour, markersize=4)
+        axes.plot(summary.mean, place, "|", color=colour, markersize=16)
+    axes.axvline(mean_std([run.top1.value for run in runs[reference]]).mean, color="0.85", zorder=0)
+    axes.set_yticks(range(len(runs)), labels=list(reversed(runs)))
+    axes.set(xlabel="top-1, % (dots: seeds; band: 95 % of the mean)", ylim=(-0.6, len(runs) - 0.4))
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from harness.errors import ReplivitError
 from replivit.cli import main as cli
+from replivit.cli.commands import runs
 
 runner = CliRunner()
 
@@ -84,3 +87,14 @@ def test_typo_ends_with_a_suggestion_and_a_non_zero_exit():
     assert done.returncode == 1
     assert "did you mean" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("width", "words"), [(40, "first\n  b: 2; c: long words; d: 4"), (200, "a       b  c  ")]
+)
+def test_tables_of_many_columns_are_paragraphs_on_a_narrow_terminal(monkeypatch, width, words):
+    console = Console(width=width, record=True, file=io.StringIO())
+    monkeypatch.setattr(runs, "out", console)
+    row = {"a": "first", "b": 2, "c": "long words", "d": 4.0, "e": None, "f": "", "g": "g" * 20}
+    runs.print_rows([row, {**row, "a": "second"}])
+    assert words in console.export_text()

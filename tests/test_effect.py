@@ -114,7 +114,16 @@ def test_finished_runs_are_found_again(tiny):
     for before, after in zip(first.rows, second.rows, strict=True):
         assert before["top-1 (%)"] == after["top-1 (%)"]
         assert before["training (s)"] == after["training (s)"]
-    assert second.rows[1]["time (ms)"] is None and second.rows[1]["speed-up"] == ""
+
+
+def test_equal_networks_that_are_not_timed_stand_in_rows(tiny):
+    """A plot over one and the same cost would put all arms on top of each other."""
+    first, second, *_ = tiny
+    assert not {"time (ms)", "speed-up"} & set(second.rows[0])
+    (axes,) = second.figures["effect"].axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == [CONTROL, *(arm.name for arm in ARMS)][::-1]
+    assert len(first.figures["effect"].axes) == 2
 
 
 def test_result_says_how_it_was_made(tiny):

@@ -104,6 +104,7 @@ def ablation(
         changes.setdefault("parent", "deit_ti")
     if start == "scratch" and scale in SHORT:
         changes.setdefault("parent_epochs", SHORT[scale])
+    changes.setdefault("seconds", 0)  # all arms are one network: there is nothing to time
     setting = choose_setting(scale, changes)
     if start not in ("parent", "scratch"):
         raise ReplivitError(f"start is parent or scratch, not {start!r}")

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from harness import Conditions, ExperimentResult, get_paper
 from harness.data import load_split
 from harness.effect import Arm, Claim, Run
-from harness.effect_report import Difference, judge
+from harness.effect_report import Difference, draw_arms, judge
 from harness.evaluation import evaluate
 from harness.measurement.latency import Timing
 from harness.measurement.macs import count_macs
@@ -26,9 +26,6 @@ from harness.settings import choose
 from harness.statistics import adjust_p_values, mean_std
 from harness.tokens import sample_images
 from harness.training import train
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def compare_from_scratch(
             for row in get_paper(paper).facts.published
             if any(word in row.variant for word in about)
         ],
-        figures={"accuracy": draw(runs, reference)},
+        figures={"accuracy": draw_arms(runs, reference)},
         notes=" ".join(filter(None, (notes, _protocol(plan)))),
         conditions=Conditions(
             device=plan.device, threads=plan.threads, track=plan.track,
@@ -190,24 +187,3 @@ def _protocol(plan: Plan) -> str:
         "the images of all seeds and is corrected for the number of arms (Benjamini-Hochberg)."
         + limits
     )
-
-
-def draw(runs: Mapping[str, Sequence[Run]], reference: str) -> Figure:
-    """Top-1 of every arm: a dot per seed, a bar for the mean's interval."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 0.5 * len(runs) + 1.4), layout="constrained")
-    axes = figure.subplots()
-    for place, (name, one) in enumerate(reversed(runs.items())):
-        values = [run.top1.value for run in one]
-        summary = mean_std(values)
-        colour = "C3" if name == reference else "C0"
-        low, high = summary.interval or one[0].top1.interval
-        axes.plot([low, high], [place, place], color=colour, linewidth=5, alpha=0.25)
-        axes.plot(values, [place] * len(values), "o", color=colour, markersize=4)
-        axes.plot(summary.mean, place, "|", color=colour, markersize=16)
-    axes.axvline(mean_std([run.top1.value for run in runs[reference]]).mean, color="0.85", zorder=0)
-    axes.set_yticks(range(len(runs)), labels=list(reversed(runs)))
-    axes.set(xlabel="top-1, % (dots: seeds; band: 95 % of the mean)", ylim=(-0.6, len(runs) - 0.4))
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure

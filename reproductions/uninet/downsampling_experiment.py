@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from harness import Conditions, ExperimentResult, ReplivitError, evaluate
 from harness.data import load_split
 from harness.effect import Claim, Run
-from harness.effect_report import COLOURS, Difference, judge
+from harness.effect_report import Difference, draw_arms, judge
 from harness.measurement.macs import count_macs
 from harness.meta import on_meta
 from harness.settings import choose
@@ -19,9 +19,6 @@ from harness.statistics import mean_std
 from harness.training import train
 from reproductions.uninet.model import ARCHITECTURES, Architecture, UniNet
 from reproductions.uninet.space import in_words, variant_for
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 #: Arms by name: what stands at the border from convolution to attention, and after it.
 MODULES = {
@@ -199,7 +196,7 @@ def downsampling(
     return ExperimentResult(
         rows=[_row(name, networks[name], runs, setting) for name in chosen],
         findings=judge(claims, runs),
-        figures={"downsampling": _draw(runs)},
+        figures={"downsampling": draw_arms(runs, REFERENCE if REFERENCE in runs else chosen[0])},
         notes=_notes(setting),
         conditions=Conditions(
             device=setting.device, threads=torch.get_num_threads(), track=setting.track,
@@ -252,26 +249,6 @@ def _row(
         "training (s)": round(sum(run.seconds for run in runs[name]) / len(runs[name]), 1),
         "network": in_words(architecture),
     }
-
-
-def _draw(runs: Mapping[str, Sequence[Run]]) -> Figure:
-    """One line per arm: a dot per seed, and the mean."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 0.5 * len(runs) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    names = list(runs)
-    for place, name in enumerate(reversed(names)):
-        values = [run.top1.value for run in runs[name]]
-        colour = COLOURS[names.index(name) % len(COLOURS)]
-        axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.5, ms=6)
-        mean = sum(values) / len(values)
-        axes.plot([mean, mean], [place - 0.3, place + 0.3], color=colour, linewidth=2.5)
-    axes.set_yticks(range(len(names)), labels=list(reversed(names)))
-    seeds = len(runs[names[0]])
-    axes.set(xlabel=f"top-1, % ({seeds} seed{'s' if seeds > 1 else ''}; lines: means)")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
 def _notes(setting: Setting) -> str:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
 
 from replivit.cli.commands.measure import parse_options
@@ -14,6 +16,8 @@ from replivit.cli.console import err, out
 if TYPE_CHECKING:
     from harness.experiment import ExperimentResult
 
+#: So many columns stay a table on any terminal; their cells are folded.
+FEW_COLUMNS = 5
 OUTCOME_COLOURS = {"reproduced": "green", "deviates": "yellow", "not measured": "dim"}
 
 
@@ -57,10 +61,10 @@ def print_experiment(result: ExperimentResult) -> None:
     """An experiment's result as tables."""
     out.print(f"[bold]{escape(result.title)}[/bold] ({escape(result.name)}, {result.scale})")
     if result.rows:
-        out.print(rows_table(result.rows))
+        print_rows(result.rows)
     if result.published:
         out.print("[bold]As the paper prints it[/bold]")
-        out.print(rows_table(result.published))
+        print_rows(result.published)
     for finding in result.findings:
         colour = OUTCOME_COLOURS[finding.outcome]
         out.print(f"[{colour}]{finding.outcome}[/{colour}]: {escape(finding.claim)}")
@@ -69,6 +73,20 @@ def print_experiment(result: ExperimentResult) -> None:
         out.print(escape(result.notes))
     for path in result.figure_files:
         err.print(f"figure: {path}", markup=False, soft_wrap=True)
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """A table; where its many columns do not fit into the terminal, a paragraph for each row."""
+    table = rows_table(rows)
+    natural = Measurement.get(out, out.options.update(max_width=10_000), table).maximum
+    if natural <= out.width or len(rows[0]) <= FEW_COLUMNS:
+        out.print(table)
+        return
+    for row in rows:
+        (_, title), *rest = row.items()
+        told = [f"{key}: {_text(value)}" for key, value in rest if value not in (None, "")]
+        out.print(f"[bold]{escape(_text(title))}[/bold]")
+        out.print(Padding(escape("; ".join(told)), (0, 0, 0, 2)))
 
 
 def rows_table(rows: list[dict[str, Any]]) -> Table:
