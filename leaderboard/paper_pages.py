@@ -106,7 +106,7 @@ def _readable(row: dict[str, Any]) -> dict[str, str]:
             return show(value, 4) if math.isfinite(value) else str(value)
         return "" if value is None else str(value)
 
-    return {str(key): text(value) for key, value in row.items()}
+    return {str(key).replace("_", " "): text(value) for key, value in row.items()}
 
 
 def _pictures(paths: Any, title: str, root: Path) -> list[dict[str, str]]:
