@@ -131,7 +131,7 @@ def test_keep_ratio_runs(own_home):
         ({"scale": "huge"}, "no scale 'huge'"),
         ({"bases": ["vgg"]}, "no base 'vgg'; known: deit_ti"),
         ({"bases": "vgg"}, "no base 'vgg'; known: deit_ti"),
-        ({"base": "deit_ti"}, "no option 'base'; there are bases, batch_sizes, ratios"),
+        ({"base": "deit_ti"}, "takes no option 'base'; it takes: bases, batch_sizes, ratios"),
         ({"batch_sizes": "eight"}, "option batch_sizes must be a whole number, not 'eight'"),
     ],
 )
