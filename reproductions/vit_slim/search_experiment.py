@@ -210,7 +210,7 @@ def draw(setting: Setting, runs: Runs) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 4.0), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    panels = figure.subplots(1, 2)  # scales of their own: retraining brings all close together
     control = mean_std([run.top1.value for run in runs[CONTROL]]).mean
     for axes, title, named in (
         (panels[0], "as cut from the searched network", as_cut),
