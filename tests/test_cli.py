@@ -90,7 +90,7 @@ def test_typo_ends_with_a_suggestion_and_a_non_zero_exit():
 
 
 @pytest.mark.parametrize(
-    ("width", "words"), [(40, "first\n  b: 2; c: long words; d: 4"), (200, "a       b  c  ")]
+    ("width", "words"), [(30, "first\n  b: 2; c: long words; d: 4"), (200, "a       b  c  ")]
 )
 def test_tables_of_many_columns_are_paragraphs_on_a_narrow_terminal(monkeypatch, width, words):
     console = Console(width=width, record=True, file=io.StringIO())

@@ -16,8 +16,8 @@ from replivit.cli.console import err, out
 if TYPE_CHECKING:
     from harness.experiment import ExperimentResult
 
-#: So many columns stay a table on any terminal; their cells are folded.
-FEW_COLUMNS = 5
+#: A table up to so many times as wide as the terminal is folded, and still one.
+FOLDED = 1.5
 OUTCOME_COLOURS = {"reproduced": "green", "deviates": "yellow", "not measured": "dim"}
 
 
@@ -76,10 +76,10 @@ def print_experiment(result: ExperimentResult) -> None:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """A table; where its many columns do not fit into the terminal, a paragraph for each row."""
+    """A table; where it is far too wide for the terminal, a paragraph for each row."""
     table = rows_table(rows)
     natural = Measurement.get(out, out.options.update(max_width=10_000), table).maximum
-    if natural <= out.width or len(rows[0]) <= FEW_COLUMNS:
+    if natural <= FOLDED * out.width or len(rows[0]) == 1:
         out.print(table)
         return
     for row in rows:
