@@ -132,7 +132,7 @@ class Windows:
             return
         elements = BIAS_ELEMENTS * (1 if device.type == "cpu" else ACCELERATOR)
         most = self.per_round
-        if isinstance(lanes, int):  # not in a program that is exported for any batch
+        if not torch.compiler.is_compiling():  # a program may be for any batch
             most = max(1, elements // (lanes * self.chunk * self.width))
         for first in range(0, self.per_round, most):
             yield first, min(first + most, self.per_round), False
