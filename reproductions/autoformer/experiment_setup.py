@@ -148,12 +148,12 @@ class Bench(SearchImages):
 
     def _train(self, net: nn.Module, name: str, seed: int, objective: Objective) -> TrainedModel:
         setting = self.setting
-        if setting.space == "b8":  # whose supernet has the weights of b's, and draws otherwise
-            name += "_b8"
+        # b8's supernet has the weights of b's and draws otherwise: only this tells the runs
+        options = {"space": "b8"} if setting.space == "b8" else {}
         return train(
             net, setting.track, setting.recipe, seed, objective=objective, epochs=setting.epochs,
             hold_out=self.held_out, device=setting.device, root=setting.root,
-            image_size=setting.image_size, name=name, evaluate=False,
+            image_size=setting.image_size, name=name, options=options, evaluate=False,
         )  # fmt: skip
 
     def alone(self, config: Config, seed: int, whole: bool = True) -> Record:

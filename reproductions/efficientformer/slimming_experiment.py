@@ -202,12 +202,13 @@ def _train_supernet(setting: Setting, noise: str, device: str, root: str | Path 
     supernet = SuperNet(
         num_classes=classes, image_size=setting.image_size, noise=noise, **setting.supernet
     )
-    # No weight shows the noise, so the name does: a run under another one is another run.
-    name = "efficientformer_supernet" + ("" if noise == "uniform" else f"_{noise}")
+    # no weight shows the noise: only this tells the runs
+    options = {} if noise == "uniform" else {"noise": noise}
     harness.train(
         supernet, setting.track, _recipe(setting), 0, callbacks=[AnnealTemperature()],
         hold_out=setting.held_out, epochs=setting.supernet_epochs, device=device, root=root,
-        image_size=setting.image_size, name=name, evaluate=False,
+        image_size=setting.image_size, name="efficientformer_supernet", options=options,
+        evaluate=False,
     )  # fmt: skip
     return supernet.eval()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from dataclasses import dataclass, replace
 from functools import partial
@@ -93,17 +92,16 @@ def _train_supernet(settings: Settings, seed: int, num_classes: int) -> Supernet
         supernet, settings.track, _recipe(settings), seed, objective=SandwichRule(),
         hold_out=settings.search_images, epochs=settings.supernet_epochs,
         device=settings.device, root=settings.root,
-        image_size=settings.image_size, name=_run_name(settings.space), evaluate=False,
+        image_size=settings.image_size, name="efficientformer_v2_supernet",
+        options=_told(settings.space), evaluate=False,
     )  # fmt: skip
     return trained.model
 
 
-def _run_name(space: SearchSpace) -> str:
-    """What a supernet's run is called: its weights do not show which narrower widths it trains."""
-    name = "efficientformer_v2_supernet"
-    if any(space == setting.space for setting in SCALES.values()):
-        return name
-    return f"{name}_{hashlib.sha256(repr(space).encode()).hexdigest()[:8]}"
+def _told(space: SearchSpace) -> dict[str, str]:
+    """What tells a supernet's run: its weights do not show which narrower widths it trains."""
+    known = any(space == setting.space for setting in SCALES.values())
+    return {} if known else {"space": repr(space)}
 
 
 def _row(what: str, cost: Cost, architecture: Architecture, **columns: Any) -> dict[str, Any]:

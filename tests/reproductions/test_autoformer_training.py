@@ -202,12 +202,12 @@ def test_wrong_options_of_the_experiments(options, message):
         choose_setting(options.pop("scale"), options)
 
 
-@pytest.mark.parametrize(("space", "suffix"), [("micro", ""), ("b", ""), ("b8", "_b8")])
-def test_supernets_of_equal_weights_and_other_draws_are_other_runs(monkeypatch, space, suffix):
-    names = []
+@pytest.mark.parametrize(("space", "said"), [("micro", {}), ("b", {}), ("b8", {"space": "b8"})])
+def test_supernets_of_equal_weights_and_other_draws_are_other_runs(monkeypatch, space, said):
+    told = []
     monkeypatch.setattr(
-        experiment_setup, "train", lambda *_, **options: names.append(options["name"])
+        experiment_setup, "train", lambda *_, **given: told.append(given["options"])
     )
     bench = Bench(choose_setting("tiny", {"space": space}))
     bench._train(None, "autoformer_entangled", 0, None)
-    assert names == [f"autoformer_entangled{suffix}"]
+    assert told == [said]

@@ -358,9 +358,9 @@ def test_stride_findings_follow_the_numbers():
 
 def test_a_supernet_of_other_choices_is_another_run():
     space = search_setup.SCALES["small"].space
-    assert search_experiment._run_name(space) == "efficientformer_v2_supernet"
+    assert search_experiment._told(space) == {}
     fewer = replace(space, widths=((32,), (48,), (80,), (96,)))  # the same weights at the start
-    assert search_experiment._run_name(fewer).startswith("efficientformer_v2_supernet_")
+    assert search_experiment._told(fewer) == {"space": repr(fewer)}
 
 
 def test_search_experiment_end_to_end(monkeypatch):
