@@ -5,31 +5,21 @@ over the windows of all rounds: `out = sum_r exp(Z_r - Z) out_r`, `Z = logsumexp
 Hence the gradient of a score is `exp(s - Z) (dP - out . dout)` in every round: the backward pass of
 ordinary fused attention, given the merged `out` and `Z`. No gradient of `Z_r` is needed.
 
-**Memory.** Rows (heads of examples) go through in blocks that fit the cache; the backward pass
-gathers and masks again instead of keeping n sorted copies.
+**Memory.** Work goes through in blocks that fit the cache (`blocks.py`). Rounds are merged as they
+come, so that memory does not grow with their number; the backward pass gathers and masks again
+instead of keeping n sorted copies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from reproductions.reformer.blocks import Block, Rows, groups
 from reproductions.reformer.kernels import attend, attend_backward
-from reproductions.reformer.windows import ACCELERATOR, Biases, Windows
-
-#: Elements of one block's gathered queries, keys and values: what a cache holds.
-ROW_ELEMENTS = 1 << 21
-
-
-def take(rows: Tensor, index: Tensor) -> Tensor:
-    """`rows[r, index[r, k]]` as `(R, K, ...)` for rows `(R, L, ...)`: whole rows are copied."""
-    count, length = rows.shape[:2]
-    offsets = torch.arange(count, device=index.device, dtype=index.dtype) * length
-    flat = (index + offsets[:, None]).flatten()
-    return rows.flatten(0, 1).index_select(0, flat).unflatten(0, index.shape)
+from reproductions.reformer.windows import Windows
 
 
 def _single_precision(like: Tensor) -> AbstractContextManager:
@@ -50,93 +40,26 @@ class _Dropout:
         self.rate, self.shared = rate, shared
         self.seed, self.generator, self.mask = seed, None, None
 
-    def factors(self, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
-        """Of a block of scores `(lanes, C, m, w)`; None where nothing is dropped."""
+    def factors(self, query: Tensor, width: int) -> Tensor | None:
+        """Of scores `(lanes, C, m, w)` of queries `(lanes, C, m, d)`; None for no dropout."""
         if not self.rate:
             return None
         if self.mask is not None:
             return self.mask
         if self.generator is None:
-            self.generator = torch.Generator(like.device).manual_seed(self.seed)
-        shape = shape[-2:] if self.shared else shape
-        drawn = torch.rand(shape, generator=self.generator, device=like.device)
-        mask = (drawn >= self.rate).to(like) / (1 - self.rate)
+            self.generator = torch.Generator(query.device).manual_seed(self.seed)
+        shape = (*query.shape[:-1], width)[2 if self.shared else 0 :]
+        drawn = torch.rand(shape, generator=self.generator, device=query.device)
+        mask = (drawn >= self.rate).to(query) / (1 - self.rate)
         if self.shared:
             self.mask = mask
         return mask
 
 
-class _Block:
-    """Some rows' sorted queries, windows of keys and values, and biases.
-
-    Attributes:
-        places: tokens in sorted order `(R, n L)`.
-        query: `(R n, C, m, d)`; key, value: `(R n, C, w, ...)`, views.
-    """
-
-    def __init__(
-        self, windows: Windows, rows: slice, query: Tensor, key: Tensor, value: Tensor
-    ) -> None:
-        self.windows, self.rows = windows, rows
-        self.places = windows.queries(rows, query.device)
-        around = self.places[:, windows.ring(query.device).flatten()]
-        self.query = self.sorted(query[rows])
-        self.key, self.value = (self._windows_of(one[rows], around) for one in (key, value))
-
-    def sorted(self, rows: Tensor) -> Tensor:
-        """Values of tokens `(R, L, ...)` in sorted chunks `(R n, C, m, ...)`."""
-        if self.windows.sorted is not None:
-            rows = take(rows, self.places)
-        chunks = (-1, self.windows.per_round, self.windows.chunk)
-        return rows.reshape(*chunks, *rows.shape[2:])
-
-    def _windows_of(self, rows: Tensor, around: Tensor) -> Tensor:
-        near = take(rows, around)
-        return self.windows.unfold(near.unflatten(1, (self.windows.rounds, -1)).flatten(0, 1))
-
-    def unsorted(self, lanes: Tensor) -> Tensor:
-        """Values of sorted chunks `(R n, C, m, ...)` of each round: `(R, n, L, ...)`."""
-        count = self.places.shape[0]
-        shape = (count, self.windows.rounds, self.windows.length)
-        flat = lanes.reshape(count, -1, *lanes.shape[3:])
-        if self.windows.sorted is not None:
-            flat = take(flat, self.windows.sorted.undo[self.rows])
-        return flat.reshape(*shape, *flat.shape[2:])
-
-    def parts(self, dropout: _Dropout) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Ranges of chunks with their bias and their factors of dropout."""
-        windows, biases = self.windows, Biases(self.windows, self.rows, self.places)
-        for first, last, alike in windows.blocks(self.query.shape[0], self.query.device):
-            at = slice(first, last)
-            if alike:
-                bias = windows.shared_bias(self.query)
-            else:
-                bias = biases.of(first, last, self.own_scores(at))
-            shape = (self.query.shape[0], last - first, windows.chunk, windows.width)
-            yield at, bias, dropout.factors(shape, self.query)
-
-    def own_scores(self, at: slice) -> Tensor:
-        """Each query's score with itself, of a range of chunks: `(R n, C, m)`."""
-        start = self.windows.before * self.windows.chunk
-        own_key = self.key[:, at, start : start + self.windows.chunk]
-        return (self.query[:, at] * own_key).sum(-1)
-
-
-def _row_blocks(windows: Windows, query: Tensor, value: Tensor) -> Iterator[slice]:
-    size = windows.rounds * windows.length * (2 * query.shape[-1] + value.shape[-1])
-    elements = ROW_ELEMENTS * (1 if query.device.type == "cpu" else ACCELERATOR)
-    step, count = max(1, elements // size), query.shape[0]
-    if torch.compiler.is_compiling():  # a program may be for any batch
-        yield slice(0, count)
-        return
-    for first in range(0, count, step):
-        yield slice(first, min(first + step, count))
-
-
-def _joined(blocks: list[tuple[Tensor, ...]], dim: int) -> tuple[Tensor, ...]:
+def _joined(blocks: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     if len(blocks) == 1:
         return blocks[0]
-    return tuple(torch.cat(one, dim) for one in zip(*blocks, strict=True))
+    return tuple(torch.cat(one) for one in zip(*blocks, strict=True))
 
 
 def _forward(
@@ -149,29 +72,70 @@ def _forward(
     authors' outputs and gradients have it, and so have these.
     """
     merged = []
-    for rows in _row_blocks(windows, query, value):
-        block = _Block(windows, rows, query, key, value)
-        found = [
-            attend(block.query[:, at], block.key[:, at], block.value[:, at], bias, keep)
-            for at, bias, keep in block.parts(dropout)
-        ]
-        output, total = (block.unsorted(one) for one in _joined(found, 1))
-        if windows.rounds == 1:
-            merged.append((output[:, 0], total[:, 0], torch.ones_like(total[:, 0])))
-            continue
+    for some in groups(windows, query, key, value):
+        sums = _Merged(windows)
+        for rounds in some.rounds():
+            shape = (some.lanes(rounds), windows.per_round, windows.chunk)
+            output, total = query.new_empty(*shape, value.shape[-1]), query.new_empty(shape)
+            for block in some.blocks(rounds):
+                own_output, own_total = output[:, block.chunks], total[:, block.chunks]
+                for at, bias in block.parts():
+                    query_at, key_at, value_at = block.at(at)
+                    keep = dropout.factors(query_at, windows.width)
+                    own_output[:, at], own_total[:, at] = attend(
+                        query_at, key_at, value_at, bias, keep
+                    )
+            sums.add(some.unsorted(output, rounds), some.unsorted(total, rounds))
+        merged.append(sums.result())
+    return _joined(merged)
+
+
+class _Merged:
+    """The sum of the rounds' outputs, each weighed by `exp(Z_r - Z)`, as they come.
+
+    Until all are there they are weighed relative to the largest `Z_r` so far.
+    """
+
+    def __init__(self, windows: Windows) -> None:
+        self.windows, self.totals = windows, []
+        self.sum = self.top = None
+
+    def add(self, output: Tensor, total: Tensor) -> None:
+        """Some rounds' outputs `(R, p, L, dv)`, which are overwritten, and `Z_r` `(R, p, L)`."""
+        self.totals.append(total)
+        if self.windows.rounds == 1:
+            self.sum = output[:, 0]
+            return
+        before, self.top = self.top, total.amax(1)
+        if before is not None:
+            self.top = torch.maximum(before, self.top)
+        own = _sum_of_rounds(output.mul_(_shares(self.windows, total, self.top)[..., None]))
+        if before is not None:
+            own += self.sum.mul_((before - self.top).exp_()[..., None])
+        self.sum = own
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Merged output `(R, L, dv)`; `Z` and the sum of the shares `(R, L)`."""
+        total = torch.cat(self.totals, 1)
+        if self.windows.rounds == 1:
+            return self.sum, total[:, 0], torch.ones_like(total[:, 0])
         whole = total.logsumexp(1)
-        share = _shares(windows, total, whole[:, None])
-        merged.append(((output * share[..., None]).sum(1), whole, share.sum(1)))
-    return _joined(merged, 0)
+        weight = _shares(self.windows, total, whole).sum(1)
+        return self.sum.mul_((self.top - whole).exp_()[..., None]), whole, weight
+
+
+def _sum_of_rounds(values: Tensor) -> Tensor:
+    return values[:, 0] if values.shape[1] == 1 else values.sum(1)
 
 
 def _shares(windows: Windows, total: Tensor, whole: Tensor) -> Tensor:
-    """What each round weighs, `(R, n, L)`: `exp(Z_r - Z)`.
+    """What each round weighs, `(R, n, L)`: `exp(Z_r - Z)` for a whole Z `(R, L)`.
 
     Of a token that sees only itself, `Z_r` is the penalty plus the logarithm of how often, of
     which rounding leaves little; from its score itself the share is what the authors' code has.
     """
-    share, penalty = (total - whole).exp_(), windows.self_penalty
+    whole, penalty = whole[:, None], windows.self_penalty
+    share = (total - whole).exp_()
     if penalty is None or windows.union:
         return share
     times = (total - penalty).exp_().round_()
@@ -194,46 +158,62 @@ class _ChunkedAttention(torch.autograd.Function):
         query, key, value, output, total, weight = ctx.saved_tensors
         windows, dropout, found = ctx.windows, _Dropout(*ctx.dropout), []
         with _single_precision(query):
-            for rows in _row_blocks(windows, query, value):
-                block = _Block(windows, rows, query, key, value)
+            for some in groups(windows, query, key, value):
+                rows = some.rows
                 mean = output[rows] / weight[rows, :, None] if windows.rounds > 1 else output[rows]
-                found.append(_backward(block, dropout, grad[rows], mean, total[rows]))
-        return (*_joined(found, 0), None, None, None, None)
+                found.append(_backward(some, dropout, grad[rows], mean, total[rows]))
+        return (*_joined(found), None, None, None, None)
 
 
 def _backward(
-    block: _Block, dropout: _Dropout, grad: Tensor, output: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a block's query, key and value, `(R, L, ...)` each."""
-    windows = block.windows
-    grad, output, total = (block.sorted(one) for one in (grad, output, total))
-    of_query, near = [], []
-    for of_windows in (block.key, block.value):
-        shape = (windows.per_round + windows.parts - 1, windows.chunk, of_windows.shape[-1])
-        near.append(grad.new_zeros(len(block.query), *shape))
-    for at, bias, keep in block.parts(dropout):
-        own, *others = attend_backward(
-            grad[:, at], block.query[:, at], block.key[:, at], block.value[:, at], output[:, at],
-            total[:, at], bias, keep,
-        )  # fmt: skip
-        of_query.append((own,))
-        for whole, part in zip(near, others, strict=True):
-            part = part.unflatten(2, (windows.parts, windows.chunk))
-            for step in range(windows.parts):  # a chunk is a neighbour in `parts` windows
-                whole[:, at.start + step : at.stop + step] += part[:, :, step]
-    of_all = [*_joined(of_query, 1), *(_close_ring(windows, one) for one in near)]
-    of_rounds = (block.unsorted(one) for one in of_all)
-    return tuple(one[:, 0] if windows.rounds == 1 else one.sum(1) for one in of_rounds)
+    some: Rows, dropout: _Dropout, grad: Tensor, output: Tensor, total: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of some rows' query, key and value, `(R, L, ...)` each."""
+    windows, found = some.windows, None
+    for rounds in some.rounds():
+        lanes, chunks = some.lanes(rounds), windows.per_round
+        of_query = grad.new_empty(lanes, chunks, windows.chunk, some.query.shape[-1])
+        chunks += windows.parts - 1  # neighbours
+        of_windows = [
+            grad.new_zeros(lanes, chunks, windows.chunk, one.shape[-1])
+            for one in (some.key, some.value)
+        ]
+        for block in some.blocks(rounds):
+            asked = [block.sorted(one) for one in (grad, output, total)]
+            for at, bias in block.parts():
+                given, merged, whole = (one[:, at] for one in asked)
+                inputs = block.at(at)
+                keep = dropout.factors(inputs[0], windows.width)
+                own, *others = attend_backward(given, *inputs, merged, whole, bias, keep)
+                first, last = block.chunks.start + at.start, block.chunks.start + at.stop
+                of_query[:, first:last] = own
+                for sums, part in zip(of_windows, others, strict=True):
+                    part = part.unflatten(2, (windows.parts, windows.chunk))
+                    for step in range(windows.parts):  # a chunk is a neighbour in `parts` windows
+                        sums[:, first + step : last + step] += part[:, :, step]
+        more = [_sum_of_rounds(some.unsorted(of_query, rounds))]
+        more += [_by_token(some, rounds, one) for one in of_windows]
+        if found is None:
+            found = more
+        else:
+            found = [one.add_(new) for one, new in zip(found, more, strict=True)]
+    return tuple(found)
 
 
-def _close_ring(windows: Windows, near: Tensor) -> Tensor:
-    """Gradients of lanes with their neighbours, where each neighbour's goes to the chunk it is."""
-    near = near.unflatten(0, (-1, windows.rounds))
-    own = near[:, :, windows.before : windows.before + windows.per_round].flatten(1, 2)
-    rounds = torch.arange(windows.rounds, device=near.device) * windows.per_round
-    for place in (*range(windows.before), *range(near.shape[2] - windows.after, near.shape[2])):
-        own[:, (rounds + place - windows.before) % windows.chunks] += near[:, :, place]
-    return own.reshape(-1, windows.per_round, *own.shape[2:])
+def _by_token(some: Rows, rounds: slice, lanes: Tensor) -> Tensor:
+    """Sums `(R, L, ...)` of some rounds' chunks and their neighbours `(R p, b + C + a, m, ...)`."""
+    windows = some.windows
+    own = _sum_of_rounds(some.unsorted(lanes, rounds, windows.before)).contiguous()
+    edges = (
+        (-windows.before, 0, lanes[:, : windows.before]),
+        (windows.per_round, windows.per_round + windows.after, lanes[:, -windows.after :]),
+    )
+    starts = torch.arange(own.shape[0], dtype=torch.int32, device=own.device) * windows.length
+    for first, last, edge in edges:  # tokens of other rounds, next on the ring
+        if first < last:
+            index = (some.tokens_of(rounds, first, last) + starts[:, None]).flatten()
+            own.flatten(0, 1).index_add_(0, index, edge.reshape(-1, *own.shape[2:]))
+    return own
 
 
 def chunked_attention(
@@ -273,18 +253,20 @@ def attention_maps(query: Tensor, key: Tensor, windows: Windows) -> tuple[Tensor
         shares within a round `(R, n C, m, w)`, keys in the order before, own, after; and the merged
         attention `(R, L, L)` of tokens in their own order, rows adding up to 1.
     """
-    rows, chunked = slice(0, len(query)), (len(query), windows.chunks, windows.chunk)
-    block = _Block(windows, rows, query, key, key)
-    everything = slice(0, windows.per_round)
-    own = block.own_scores(everything)
+    rounds, chunks = slice(0, windows.rounds), slice(0, windows.per_round)
+    some = Rows(windows, slice(0, query.shape[0]), query, key, key)
+    block = Block(some, rounds, chunks)
     scores = block.query @ block.key.transpose(-1, -2)
-    scores += Biases(windows, rows, block.places).of(0, windows.per_round, own)
+    scores += some.biases.of(rounds, 0, windows.per_round, block.own_scores(chunks))
     total = scores.logsumexp(-1)
     inside = (scores - total[..., None]).exp()
-    merged = block.unsorted(total).logsumexp(1)
+    merged = some.unsorted(total, rounds).logsumexp(1)
     share = (scores - block.sorted(merged)[..., None]).exp()
-    asked = block.places.reshape(chunked)[..., None].long()
-    seen = windows.unfold(windows.near(block.places)).reshape(*chunked[:2], 1, -1).long()
-    whole = query.new_zeros(len(query), windows.length**2)
-    whole.scatter_add_(1, (asked * windows.length + seen).flatten(1), share.reshape(len(query), -1))
-    return inside.reshape(*chunked, -1), whole.unflatten(1, (windows.length, -1))
+    count, length = query.shape[:2]
+    asked = some.tokens.unflatten(1, (-1, windows.chunk))[..., None].long()
+    near = some.tokens_of(rounds, -windows.before, windows.per_round + windows.after)
+    seen = windows.unfold(near.reshape(count * windows.rounds, -1))
+    seen = seen.reshape(count, windows.chunks, 1, windows.width).long()
+    whole = query.new_zeros(count, length**2)
+    whole.scatter_add_(1, (asked * length + seen).flatten(1), share.reshape(count, -1))
+    return inside.unflatten(0, (count, -1)).flatten(1, 2), whole.unflatten(1, (length, length))

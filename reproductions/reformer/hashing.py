@@ -18,6 +18,9 @@ from torch import Tensor
 NumBuckets = int | Sequence[int]
 Sharing = Literal["example_head", "head", "all"]
 
+#: Elements of the projections that are made at a time: what a cache holds.
+PROJECTED_ELEMENTS = 1 << 20
+
 
 def factors_of(num_buckets: NumBuckets) -> tuple[int, ...]:
     """The factors of a number of buckets, checked.
@@ -134,16 +137,29 @@ def hash_vectors(
             f"buckets {factors} need rotations of {sum(factors) // 2} columns, not {columns}"
         )
     flat = rotations.to(vectors.dtype).flatten(-2)
-    projected = (vectors.detach() @ flat).unflatten(-1, (rounds, columns))
+    most = vectors.shape[-2]
+    if not torch.compiler.is_compiling():  # a program may be for any batch
+        most = max(1, PROJECTED_ELEMENTS // (vectors.shape[:-2].numel() * flat.shape[-1]))
+    buckets = torch.cat(
+        [
+            _bucket_ids((part @ flat).unflatten(-1, (rounds, columns)), factors)
+            for part in vectors.detach().split(most, -2)
+        ],
+        -1,
+    )
+    if valid is not None:
+        buckets.masked_fill_(~valid[:, None, None, :], math.prod(factors))
+    return buckets
+
+
+def _bucket_ids(projected: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """Ids `(B, H, rounds, L)` of projections `(B, H, L, rounds, columns)`."""
     buckets, weight = None, 1
     for factor, part in zip(factors, projected.split([f // 2 for f in factors], -1), strict=True):
         own = _argmax_of_both_signs(part, factor // 2)
         buckets = own if buckets is None else buckets.add_(own, alpha=weight)
         weight *= factor
-    buckets = buckets.transpose(-1, -2)
-    if valid is not None:
-        buckets = buckets.masked_fill(~valid[:, None, None, :], weight)
-    return buckets.contiguous()
+    return buckets.transpose(-1, -2)
 
 
 def _argmax_of_both_signs(x: Tensor, half: int) -> Tensor:

@@ -88,19 +88,11 @@ class Windows:
             return order.expand(rows.stop - rows.start, -1)
         return self.sorted.order[rows].flatten(1)
 
-    def places(self, first: int, last: int, device: torch.device) -> Tensor:
-        """Places of a range of each round's chunks, on the ring: `(n, (last - first) m)`."""
+    def places(self, rounds: slice, first: int, last: int, device: torch.device) -> Tensor:
+        """Places of a range of some rounds' chunks, on the ring: `(p, (last - first) m)`."""
         places = torch.arange(first * self.chunk, last * self.chunk, device=device)
-        rounds = torch.arange(self.rounds, device=device)[:, None] * self.length
-        return (places + rounds) % (self.rounds * self.length)
-
-    def ring(self, device: torch.device) -> Tensor:
-        """Places of each round's chunks and of their neighbours: `(n, L + (before + after) m)`."""
-        return self.places(-self.before, self.per_round + self.after, device)
-
-    def near(self, of_places: Tensor) -> Tensor:
-        """Values of places `(R, n L, ...)` for each lane and its neighbours `(R n, L', ...)`."""
-        return of_places[:, self.ring(of_places.device)].flatten(0, 1)
+        starts = torch.arange(rounds.start, rounds.stop, device=device)[:, None] * self.length
+        return (places + starts) % (self.rounds * self.length)
 
     def unfold(self, near: Tensor) -> Tensor:
         """Windows over consecutive chunks: a view `(lanes, C, w, ...)`, nothing is copied.
@@ -121,21 +113,24 @@ class Windows:
             return False
         return self.sorted is None or not self.causal
 
-    def blocks(self, lanes: int, device: torch.device) -> Iterator[tuple[int, int, bool]]:
-        """Ranges of a round's chunks `(first, last + 1, whether they share a bias)`."""
+    def blocks(
+        self, lanes: int, chunks: slice, device: torch.device
+    ) -> Iterator[tuple[int, int, bool]]:
+        """A round's chunks in ranges `(first, last + 1, whether they share a bias)`."""
         if self._alike() and self.per_round >= max(SHARED_BIAS_CHUNKS, self.parts):
             first, last = self.before, self.per_round - self.after
             ranges = ((0, first, False), (first, last, True), (last, self.per_round, False))
             for start, stop, shared in ranges:
+                start, stop = max(start, chunks.start), min(stop, chunks.stop)
                 if start < stop:
                     yield start, stop, shared
             return
         elements = BIAS_ELEMENTS * (1 if device.type == "cpu" else ACCELERATOR)
-        most = self.per_round
+        most = chunks.stop - chunks.start
         if not torch.compiler.is_compiling():  # a program may be for any batch
             most = max(1, elements // (lanes * self.chunk * self.width))
-        for first in range(0, self.per_round, most):
-            yield first, min(first + most, self.per_round), False
+        for first in range(chunks.start, chunks.stop, most):
+            yield first, min(first + most, chunks.stop), False
 
     def shared_bias(self, like: Tensor) -> Tensor:
         """The bias of a chunk all of whose neighbours are of its round: `(1, 1, m, w)`."""
@@ -191,25 +186,30 @@ class Biases:
             buckets.scatter_(-1, windows.sorted.order[rows].long(), found)
         return chunks, buckets
 
-    def of(self, first: int, last: int, own: Tensor) -> Tensor:
-        """The bias of a range of chunks: `(R n, last - first, m, w)`.
+    def of(self, rounds: slice, first: int, last: int, own: Tensor) -> Tensor:
+        """The bias of a range of chunks in p of the rounds: `(R p, last - first, m, w)`.
 
         Args:
-            own: `(R n, last - first, m)`, each query's score with itself. It is taken off again, so
+            own: `(R p, last - first, m)`, each query's score with itself. It is taken off again, so
                 that the penalty replaces it: near -1e5 float32 resolves 0.008, and a token that
                 sees nobody else must weigh the same in all rounds.
         """
         windows, device = self.windows, own.device
-        asked = windows.places(first, last, device).flatten()
-        near = windows.places(first - windows.before, last + windows.after, device).flatten()
-        query, key = self._pairs(self.tokens[:, asked], self.tokens[:, near])
+        asked = windows.places(rounds, first, last, device)
+        near = windows.places(rounds, first - windows.before, last + windows.after, device)
+
+        def pairs(values: Tensor) -> tuple[Tensor, Tensor]:
+            """Values of places `(R, n L)` for queries and keys, ready to be compared."""
+            return self._at_queries(values[:, asked]), self._at_keys(values[:, near])
+
+        query, key = pairs(self.tokens)
         itself = key == query
         hidden = key > query if windows.causal else None
         if self.valid is not None:
             gone = ~self._at_keys(self.valid[:, near])
             hidden = gone if hidden is None else hidden | gone
         if self.buckets is not None:
-            ids, other_ids = self._pairs(self.buckets[:, asked], self.buckets[:, near])
+            ids, other_ids = pairs(self.buckets)
             other = ids != other_ids
             hidden = other if hidden is None else hidden | other
             itself = itself & ~other  # the copy that the ring brings from another round is hidden
@@ -225,18 +225,12 @@ class Biases:
         return bias
 
     def _at_queries(self, asked: Tensor) -> Tensor:
-        """Values of a range's places `(R, n c m)` as `(R n, c, m, 1)`."""
-        lanes = asked.unflatten(1, (self.windows.rounds, -1, self.windows.chunk))
-        return lanes.flatten(0, 1)[..., None]
+        """Values of a range's places `(R, p, c m)` as `(R p, c, m, 1)`."""
+        return asked.flatten(0, 1).unflatten(1, (-1, self.windows.chunk))[..., None]
 
     def _at_keys(self, near: Tensor) -> Tensor:
-        """Values of a range's places and their neighbours' as windows `(R n, c, 1, w)`."""
-        lanes = near.unflatten(1, (self.windows.rounds, -1)).flatten(0, 1)
-        return self.windows.unfold(lanes)[..., None, :]
-
-    def _pairs(self, asked: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
-        """Both, ready to be compared."""
-        return self._at_queries(asked), self._at_keys(near)
+        """Values of a range's places and their neighbours' as windows `(R p, c, 1, w)`."""
+        return self.windows.unfold(near.flatten(0, 1))[..., None, :]
 
     def _times_seen(self, asked: Tensor, near: Tensor) -> Tensor:
         """How often each query sees each key of its window, all rounds together (N_ij).
@@ -245,20 +239,24 @@ class Biases:
         `same_bucket`, only where both are in one bucket. Links between rounds count as well.
 
         Args:
-            asked, near: tokens of a range's places, `_at_queries` and `_at_keys` of which are
-                compared.
+            asked, near: tokens of a range's places `(R, p, ...)`, `_at_queries` and `_at_keys` of
+                which are compared.
         """
         windows, (chunks, buckets) = self.windows, self.codes
+
+        def look_up(of_tokens: Tensor, tokens: Tensor) -> Tensor:
+            return of_tokens.gather(1, tokens.flatten(1)).view_as(tokens)
+
         seen = 0
         for one in range(windows.rounds):
-            own_chunk = self._at_queries(chunks[:, one].gather(1, asked))
-            own_bucket = self._at_queries(buckets[:, one].gather(1, asked))
+            own_chunk = self._at_queries(look_up(chunks[:, one], asked))
+            own_bucket = self._at_queries(look_up(buckets[:, one], asked))
             reach = {one}
             if not windows.same_bucket:  # rounds next to it, or all where a window spans rounds
                 far = max(windows.before, windows.after) > windows.per_round
                 reach |= set(range(windows.rounds)) if far else {one - 1, one + 1}
             for other in sorted({round % windows.rounds for round in reach}):
-                code = chunks[:, other].gather(1, near) + buckets[:, other].gather(1, near)
+                code = look_up(chunks[:, other], near) + look_up(buckets[:, other], near)
                 key_code = self._at_keys(code)
                 for step in range(-windows.before, windows.after + 1):
                     target = (own_chunk + step) % windows.chunks + own_bucket

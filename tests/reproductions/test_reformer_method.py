@@ -68,10 +68,11 @@ def oracle(query, key, value, windows: Windows) -> torch.Tensor:
     return weight / weight.sum(-1, keepdim=True) @ value
 
 
-def random_case(rounds=3, length=48, chunk=8, buckets=6, rows=2, **options):
+def random_case(rounds=3, length=48, chunk=8, buckets=6, rows=2, hashed=True, **options):
     query, value = array(0, (rows, length, 6)).double(), array(1, (rows, length, 5)).double()
     rotations = draw_rotations(6, rounds, buckets, heads=rows, seed=2)
     found = sort_by_bucket(hash_vectors(query[None], rotations, buckets))
+    found = found if hashed else None
     windows = Windows(length, chunk, rounds, sorted=found, self_penalty=-1e5, **options)
     return query, PAPER.keys(query), value, windows
 
@@ -157,12 +158,23 @@ def test_dense_attention_in_half_precision(kind, causal, valid):
     torch.testing.assert_close(half, wanted, rtol=5e-3, atol=5e-3)
 
 
-def test_blocks_of_rows_and_chunks_change_nothing(monkeypatch):
-    query, key, value, windows = random_case(rows=3, union=True, causal=True)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"union": True, "causal": True},
+        {"same_bucket": True, "causal": True},
+        {"before": 2, "after": 1},
+        {"length": 16, "before": 3, "after": 2},  # windows wider than a round
+        {"rounds": 1, "hashed": False, "after": 1},
+    ],
+)
+@pytest.mark.parametrize("elements", [1, 700, 1300])
+def test_blocks_of_rows_rounds_and_chunks_change_nothing(options, elements, monkeypatch):
+    query, key, value, windows = random_case(**{"rows": 3, **options})
     inputs = [one.clone().requires_grad_() for one in (query, key, value)]
     whole = chunked_attention(*inputs, windows)
     grads = torch.autograd.grad(whole.square().sum(), inputs)
-    monkeypatch.setattr("reproductions.reformer.chunked.ROW_ELEMENTS", 1)
+    monkeypatch.setattr("reproductions.reformer.blocks.ROW_ELEMENTS", elements)
     monkeypatch.setattr("reproductions.reformer.windows.BIAS_ELEMENTS", 1)
     parts = chunked_attention(*inputs, windows)
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
@@ -171,9 +183,9 @@ def test_blocks_of_rows_and_chunks_change_nothing(monkeypatch):
 
 
 class Written(TorchDispatchMode):
-    """Counts the elements of all new tensors; views are free."""
+    """Counts the elements of all new tensors, and of the largest; views are free."""
 
-    total = 0
+    total = largest = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
@@ -181,6 +193,7 @@ class Written(TorchDispatchMode):
         for one in filter(is_tensor, tree_leaves(found)):
             if one.untyped_storage().data_ptr() not in given:
                 self.total += one.numel()
+                self.largest = max(self.largest, one.numel())
         return found
 
 
@@ -197,12 +210,25 @@ def test_work_grows_like_the_length(rules, monkeypatch):
     assert work[1] < 1.1 * 4 * work[0]
 
 
+@pytest.mark.parametrize("union", [False, True])
+def test_memory_does_not_grow_with_the_rounds(union, monkeypatch):
+    """Of a long sequence, one round at a time is gathered, forward and backward."""
+    monkeypatch.setattr("reproductions.reformer.blocks.ROW_ELEMENTS", 1)
+    monkeypatch.setattr("reproductions.reformer.windows.BIAS_ELEMENTS", 1)
+    query, key, value, windows = random_case(rounds=4, length=64, rows=1, union=union)
+    inputs = [one.clone().requires_grad_() for one in (query, key, value)]
+    with Written() as written:
+        chunked_attention(*inputs, windows).sum().backward()
+    neighbours = windows.before * windows.chunk
+    assert written.largest <= (windows.length + neighbours) * query.shape[-1]
+
+
 def test_shared_bias_of_inner_chunks_changes_nothing(monkeypatch):
     query, key, value, windows = random_case(length=64, after=1)
     quick = chunked_attention(query, key, value, windows)
-    assert any(shared for *_, shared in windows.blocks(2, query.device))
+    assert any(shared for *_, shared in windows.blocks(2, slice(0, 8), query.device))
     monkeypatch.setattr("reproductions.reformer.windows.SHARED_BIAS_CHUNKS", 10**9)
-    assert not any(shared for *_, shared in windows.blocks(2, query.device))
+    assert not any(shared for *_, shared in windows.blocks(2, slice(0, 8), query.device))
     slow = chunked_attention(query, key, value, windows)
     torch.testing.assert_close(quick, slow, rtol=1e-12, atol=1e-12)
 
