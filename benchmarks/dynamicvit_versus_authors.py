@@ -33,7 +33,7 @@ import harness
 from harness.errors import ReplivitError
 from harness.measurement.latency import Timing
 from harness.measurement.yardstick import seeded_images
-from harness.training import cross_entropy, read_recipe
+from harness.training import cross_entropy, freeze_teacher, read_recipe
 from harness.training.optim import create_optimizer
 from reproductions.dynamicvit.method import pruning_losses, teacher_answers
 
@@ -101,7 +101,7 @@ def build_theirs(base: str, ratio: float, checkout: Path) -> tuple[nn.Module, nn
 
 def our_loss(model: nn.Module) -> Losses:
     """The loss of (images, labels) as `DynamicViTObjective` computes it."""
-    teacher = model.dense().eval().requires_grad_(False)
+    teacher = freeze_teacher(model.dense(), "cpu")
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         output = model(images)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import harness
 from harness.deployment import PackedLinear, pack_linears
 from harness.deployment.packed import LEAST_WEIGHTS
+from harness.training import freeze_teacher
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN"
@@ -86,6 +87,27 @@ def test_it_is_traced_exported_copied_and_counted_like_an_ordinary_layer():
             one(x)
         flops[name] = counter.get_total_flops()
     assert flops["packed"] == flops["plain"] == 2 * 4 * 128 * 256
+
+
+def test_mixed_precision_is_left_to_torch():
+    _, packed = layer()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed(torch.randn(4, 128)).dtype == torch.bfloat16
+
+
+def test_a_frozen_teacher_answers_as_before_and_faster():
+    teacher = harness.build("deit_ti", num_classes=10, image_size=32)
+    images = torch.randn(2, 3, 32, 32)
+    wanted = teacher.eval()(images).detach()
+    names = set(teacher.state_dict())
+    frozen = freeze_teacher(teacher.train(), "cpu")
+    assert frozen is teacher and set(frozen.state_dict()) == names
+    assert not frozen.training and not any(one.requires_grad for one in frozen.parameters())
+    student = torch.randn(2, 10, requires_grad=True)
+    answers = frozen(images)  # under gradients, as in a training step: nothing here needs any
+    torch.testing.assert_close(answers, wanted, rtol=1e-5, atol=1e-5)
+    (student - answers).square().sum().backward()
+    assert calls(lambda: frozen(images)) == 48
 
 
 def test_only_large_ordinary_layers_are_packed():

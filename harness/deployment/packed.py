@@ -24,7 +24,8 @@ class PackedLinear(nn.Linear):
 
     It keeps its `weight`, so state dict, devices and dtypes are those of the layer it replaces. The
     packed copy, as large again, is made at the first call that can use it: float32 on a CPU,
-    without gradients, not traced and not compiled; any other call is `nn.Linear`'s.
+    without gradients or mixed precision, not traced and not compiled; any other call is
+    `nn.Linear`'s.
     """
 
     @classmethod
@@ -47,6 +48,7 @@ class PackedLinear(nn.Linear):
         return (
             not torch.jit.is_tracing()
             and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
             and x.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and x.numel() > 0

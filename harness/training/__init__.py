@@ -12,7 +12,12 @@ trained = train("vit_micro", "fashion_mini", objective=Mine(), epochs=2)
 from harness.training.api import TrainedModel, train
 from harness.training.callbacks import Callback, EvaluateEvery, TensorBoard
 from harness.training.context import Context
-from harness.training.distillation import Distillation, distillation_loss, load_teacher
+from harness.training.distillation import (
+    Distillation,
+    distillation_loss,
+    freeze_teacher,
+    load_teacher,
+)
 from harness.training.objective import CrossEntropy, Objective, cross_entropy, only_logits
 from harness.training.recipe import Recipe, read_recipe
 
@@ -28,6 +33,7 @@ __all__ = [
     "TrainedModel",
     "cross_entropy",
     "distillation_loss",
+    "freeze_teacher",
     "load_teacher",
     "only_logits",
     "read_recipe",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from harness import registry
 from harness.checkpoints import file_sha256, load_model, load_pretrained, load_weights
 from harness.data import TRACKS, get_track
+from harness.deployment import pack_linears
 from harness.errors import ReplivitError, one_line
 from harness.evaluation import model_input
 from harness.training.objective import Objective, cross_entropy, only_logits
@@ -107,7 +108,7 @@ class Distillation(Objective):
                 self.teacher, context.track, context.num_classes, context.side, self.weights
             )
         self._check_input(context)
-        self._teacher.to(context.device).eval().requires_grad_(False)
+        freeze_teacher(self._teacher, context.device)
 
     def _check_input(self, context: Context) -> None:
         """Teacher and student share the images, so both must mean the same normalisation."""
@@ -143,6 +144,18 @@ class Distillation(Objective):
         if self.weights is not None:
             told["weights"] = file_sha256(self.weights)
         return told
+
+
+def freeze_teacher(teacher: nn.Module, device: torch.device | str) -> nn.Module:
+    """`teacher` itself, on `device`, in evaluation mode, ready to answer and not to learn.
+
+    On a CPU its linear layers keep their weights as the matrix product reads them, since they no
+    longer change: see `harness.deployment.packed`.
+    """
+    teacher.to(device).eval().requires_grad_(False)
+    if torch.device(device).type == "cpu":
+        pack_linears(teacher)
+    return teacher
 
 
 def load_teacher(

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from harness import ReplivitError
-from harness.training import Objective, cross_entropy, load_teacher
+from harness.training import Objective, cross_entropy, freeze_teacher, load_teacher
 from harness.training.state import state_sha256
 from reproductions.dynamicvit.model import TrainingOutput
 
@@ -154,7 +154,7 @@ class DynamicViTObjective(Objective):
                     "(--init), or a teacher"
                 )
             self._teacher = student.dense()
-        self._teacher.to(context.device).eval().requires_grad_(False)
+        freeze_teacher(self._teacher, context.device)
         self._ratio_weight = (
             student.ratio_weight if self.ratio_weight is None else self.ratio_weight
         )

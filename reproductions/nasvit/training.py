@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from harness import ReplivitError
-from harness.training import Context, Objective, cross_entropy, load_teacher, only_logits
+from harness.training import (
+    Context,
+    Objective,
+    cross_entropy,
+    freeze_teacher,
+    load_teacher,
+    only_logits,
+)
 from harness.training.state import state_sha256
 from reproductions.nasvit.gradients import Gradients, combine, take_gradients
 from reproductions.nasvit.losses import SHARPNESS, adaptive_divergence, soft_targets
@@ -85,7 +92,7 @@ class ConflictAware(Objective):
             for one in self.teachers
         ]
         for one in self._teachers:
-            one.to(context.device).eval().requires_grad_(False)
+            freeze_teacher(one, context.device)
 
     def identity(self) -> dict[str, Any]:
         told = super().identity()

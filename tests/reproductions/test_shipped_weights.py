@@ -16,6 +16,7 @@ ONE_SEED = {
     "manifold_distillation_micro",
     "manifold_distillation_teacher_micro",
     "nasvit_micro",
+    "reformer_vit_micro",
     "sepvit_micro",
     "uninet_micro",
     "vit_slim_micro",
