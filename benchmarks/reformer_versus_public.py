@@ -1,8 +1,9 @@
 """Our LSH attention against the public PyTorch versions: equal weights, in turns, in one process.
 
 The authors' code is JAX; two PyTorch versions are in use. Each is raced by the layer that has its
-rules, projections included, forward and with the backward pass. lucidrains' code is imported from
-your own checkout (it needs `einops`), Hugging Face's from an installed `transformers` before 5:
+rules, forward and with the backward pass: with its projections, which are the same matrix products
+on both sides, or without (`--bare`), attention alone. lucidrains' code is imported from your own
+checkout (it needs `einops`), Hugging Face's from an installed `transformers` before 5:
 
     git clone https://github.com/lucidrains/reformer-pytorch
     python benchmarks/reformer_versus_public.py --lucidrains reformer-pytorch --transformers
@@ -73,7 +74,7 @@ def load_lucidrains(checkout: str) -> type[nn.Module]:
     return LSHSelfAttention
 
 
-def pair_of_lucidrains(checkout: str, case: tuple) -> tuple[Callable, Callable]:
+def pair_of_lucidrains(checkout: str, case: tuple, bare: bool) -> tuple[Callable, Callable]:
     """Their layer and ours as functions of `(B, L, C)`, with equal weights and rotations."""
     _, length, width, heads, rounds, chunk, causal = case
     torch.manual_seed(0)
@@ -90,6 +91,9 @@ def pair_of_lucidrains(checkout: str, case: tuple) -> tuple[Callable, Callable]:
             for key, value in theirs.state_dict().items()
         }
     )
+    if bare:
+        _without(theirs, "toqk", "tov", "to_out")
+        _without(ours, "to_qk", "to_v", "to_out")
     shape = (1, width // heads, rounds, length // chunk // 2)
 
     def with_rotations(x: Tensor) -> Tensor:
@@ -99,7 +103,12 @@ def pair_of_lucidrains(checkout: str, case: tuple) -> tuple[Callable, Callable]:
     return theirs, with_rotations
 
 
-def pair_of_transformers(_: str, case: tuple) -> tuple[Callable, Callable]:
+def _without(layer: nn.Module, *projections: str) -> None:
+    for name in projections:
+        setattr(layer, name, nn.Identity())
+
+
+def pair_of_transformers(_: str, case: tuple, bare: bool) -> tuple[Callable, Callable]:
     """Their attention (without its output projection) and ours, with equal weights and rotations.
 
     Raises:
@@ -129,7 +138,10 @@ def pair_of_transformers(_: str, case: tuple) -> tuple[Callable, Callable]:
     ).eval()  # fmt: skip
     ours.to_qk.weight.data = theirs.query_key.weight.data
     ours.to_v.weight.data = theirs.value.weight.data
-    ours.to_out = nn.Identity()
+    _without(ours, "to_out")
+    if bare:
+        _without(theirs, "query_key", "value")
+        _without(ours, "to_qk", "to_v")
     shape = (heads, width // heads, rounds, buckets // 2)
 
     def with_rotations(x: Tensor) -> Tensor:
@@ -154,10 +166,12 @@ def work_of(run: Callable, x: Tensor, training: bool) -> Callable[[], object]:
     return work
 
 
-def prepare(peer: str, checkout: str, case: tuple, mine: bool, training: bool) -> Callable:
+def prepare(
+    peer: str, checkout: str, case: tuple, bare: bool, mine: bool, training: bool
+) -> Callable:
     """One side of a race alone, for the measuring of its memory."""
     x = torch.randn(*case[:3], requires_grad=training)
-    return work_of(PAIRS[peer](checkout, case)[mine], x, training)
+    return work_of(PAIRS[peer](checkout, case, bare)[mine], x, training)
 
 
 @torch.no_grad()
@@ -175,6 +189,7 @@ def main() -> bool:
     parser.add_argument("--transformers", action="store_true", help="race Hugging Face's, too")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each race")
     parser.add_argument("--cases", type=int, nargs="*", help=f"of 0 to {len(CASES) - 1}")
+    parser.add_argument("--bare", action="store_true", help="without the layers' projections")
     parser.add_argument("--no-memory", action="store_true")
     arguments = parser.parse_args()
     peers = ["lucidrains"] * bool(arguments.lucidrains) + ["transformers"] * arguments.transformers
@@ -184,7 +199,7 @@ def main() -> bool:
     passed = True
     cases = CASES if arguments.cases is None else [CASES[index] for index in arguments.cases]
     for peer, case in itertools.product(peers, cases):
-        theirs, ours = PAIRS[peer](arguments.lucidrains, case)
+        theirs, ours = PAIRS[peer](arguments.lucidrains, case, arguments.bare)
         x = torch.randn(*case[:3])
         error = relative_error(theirs, ours, x)
         for training in (False, True):
@@ -199,7 +214,7 @@ def main() -> bool:
             if not arguments.no_memory:
                 jobs = [
                     {"peer": peer, "checkout": arguments.lucidrains, "case": case,
-                     "mine": mine, "training": training}
+                     "bare": arguments.bare, "mine": mine, "training": training}
                     for mine in (False, True)
                 ]  # fmt: skip
                 peaks = peak_bytes(prepare, jobs)

@@ -72,7 +72,7 @@ class Rules:
         width = queries.shape[-1]
         if self.score == "scaled_key":
             return F.normalize(queries, dim=-1) * width**-0.5
-        mean_square = queries.square().mean(-1, keepdim=True)
+        mean_square = torch.linalg.vector_norm(queries, dim=-1, keepdim=True).square() / width
         return queries * (torch.rsqrt(mean_square + 1e-6) * width**-0.5)
 
 
