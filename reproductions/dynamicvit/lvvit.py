@@ -16,10 +16,16 @@ SIZES = {"s": (384, 6, 16), "m": (512, 8, 20)}
 
 
 class ConvStem(nn.Module):
-    """Three convolutions at half resolution, then patches (official code: `PatchEmbed4_2`)."""
+    """Three convolutions at half resolution, then patches (official code: `PatchEmbed4_2`).
 
-    def __init__(self, patch_size: int, dim: int, width: int = 64) -> None:
+    Raises:
+        ValueError: an image of another size than the network is built for.
+    """
+
+    def __init__(self, image_size: ImageSize, patch_size: int, dim: int, width: int = 64) -> None:
         super().__init__()
+        square = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.image_size = tuple(square)
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
@@ -31,6 +37,10 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images `(B, 3, H, W)` to tokens `(B, N, C)`."""
+        if tuple(x.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"the network is built for images of {self.image_size}, not {tuple(x.shape[-2:])}"
+            )
         x = self.act(self.bn1(self.conv1(x)))
         x = self.act(self.bn2(self.conv2(x)))
         x = self.act(self.bn3(self.conv3(x)))
@@ -49,7 +59,7 @@ class DynamicLVViT(DynamicViT):
     def __init__(self, num_classes: int, *args, embed_dim: int, **kwargs) -> None:
         super().__init__(
             num_classes, *args, embed_dim=embed_dim, mlp_ratio=3.0, qkv_bias=False, norm_eps=1e-5,
-            residual_scale=0.5, embed=lambda size, patch, dim: ConvStem(patch, dim), **kwargs,
+            residual_scale=0.5, embed=ConvStem, **kwargs,
         )  # fmt: skip
         self.aux_head = self._classifier()
         if num_classes > 0:

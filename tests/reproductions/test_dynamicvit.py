@@ -256,6 +256,13 @@ def test_impossible_models_name_the_limit(options, message):
         harness.build("dynamicvit_deit_ti_k07", **options)
 
 
+def test_lvvit_names_the_image_size_that_it_is_built_for():
+    with on_meta():
+        model = harness.build("dynamicvit_lvvit_s_k07", image_size=64)
+        with pytest.raises(ValueError, match=r"built for images of \(64, 64\), not \(64, 80\)"):
+            model(torch.zeros(1, 3, 64, 80, device="meta"))
+
+
 @pytest.mark.parametrize("name", ["dynamicvit_swin_t_k07", "dynamicvit_convnext_t_k07"])
 def test_impossible_two_speed_models_name_the_limit(name):
     last = 5 if "swin" in name else 8
