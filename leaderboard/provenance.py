@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shlex
 
+from harness.data import get_track
+from harness.errors import ReplivitError
 from harness.record import METRICS, Record
+from harness.registry import get_variant
 
 GROUPS = {
     "params": "params", "params_trainable": "params", "params_paper": "params",
@@ -36,13 +40,36 @@ def remeasure_command(record: Record) -> str:
             words += ["--threads", str(given.threads)] if given.threads else []
     elif given.seed is not None or record.metric in ("train_time", "images_seen"):
         words = ["replivit", "train", record.variant, "--track", given.track or "imagenet"]
-        words += ["--seed", str(given.seed or 0)]
+        words += ["--seed", str(given.seed or 0), *_recipe_words(record)]
     else:
         words = ["replivit", "evaluate", record.variant, "--track", given.track or "imagenet"]
         words += ["--limit", str(given.options["limit"])] if "limit" in given.options else []
         words += ["--device", given.device] if given.device != "cpu" else []
         words += ["--dtype", given.dtype] if given.dtype != "float32" else []
     return shlex.join(words)
+
+
+def _recipe_words(record: Record) -> list[str]:
+    """The recipe of a training, and what it changed, where today's default is another one."""
+    from harness.training.recipe import read_recipe, resolve_recipe  # slow, and seldom needed
+
+    told = record.detail.get("recipe") or (record.detail.get("training") or {}).get("recipe")
+    if not isinstance(told, dict):
+        return []
+    track = record.conditions.track or "imagenet"
+    try:
+        variant = get_variant(record.variant)
+        base = resolve_recipe(None, variant, track, get_track(track).protocol)
+        words = []
+        if told.get("name") != base.name:
+            base, words = read_recipe(told["name"], variant), ["--recipe", told["name"]]
+    except (ReplivitError, KeyError):  # of a variant or a recipe that is no longer there
+        return []
+    known = base.model_dump(mode="json", exclude={"name", "summary", "extends", "workers"})
+    for key, value in told.items():
+        if key in known and known[key] != value:
+            words += ["--set", f"{key}={json.dumps(value)}"]
+    return words
 
 
 def facts(record: Record) -> list[tuple[str, str]]:

@@ -8,6 +8,9 @@ import math
 import pytest
 from display_case import EPYC, GPU, LAPTOP, make_paper, make_store, record, timing, trained
 
+import harness
+from harness.data import get_track
+from harness.training.recipe import read_recipe, resolve_recipe
 from leaderboard.columns import COLUMNS, show, show_interval
 from leaderboard.export import to_csv, to_json, to_markdown
 from leaderboard.provenance import record_id, remeasure_command
@@ -237,6 +240,28 @@ def test_markdown_has_a_line_per_row_and_cannot_be_broken_by_a_name(tmp_path):
 )  # fmt: skip
 def test_each_record_names_the_command_that_repeats_it(metric, conditions, command):
     assert remeasure_command(record("v", metric, 1, conditions=conditions)) == command
+
+
+def test_a_training_is_repeated_by_its_recipe():
+    """What it changed of the recipe that it had, or of the default; an old recipe is left out."""
+    variant = harness.get_variant("vit_slim_micro")
+    default = resolve_recipe(None, variant, "fashion_mini", get_track("fashion_mini").protocol)
+    changed = default.changed(lr=0.25, no_decay=("head.*",))
+    named = read_recipe("retrain_small", variant)
+
+    def command(recipe) -> str:
+        conditions = {"track": "fashion_mini", "seed": 1}
+        detail = {"training": {"recipe": recipe}}
+        made = record("vit_slim_micro", "top1", 1, conditions=conditions, detail=detail)
+        return remeasure_command(made).removeprefix(
+            "replivit train vit_slim_micro --track fashion_mini --seed 1"
+        )
+
+    assert command(default.model_dump(mode="json")) == ""
+    told = " --set lr=0.25 --set 'no_decay=[\"head.*\"]'"
+    assert command(changed.model_dump(mode="json")) == told
+    assert command(named.model_dump(mode="json")) == " --recipe retrain_small"
+    assert command({"name": "gone"}) == ""
 
 
 def test_a_command_leaves_options_out_that_are_none():
