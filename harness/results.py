@@ -7,6 +7,7 @@ newer run on that machine takes their place there.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from harness.environment import home
@@ -26,7 +27,8 @@ def ship_result(record: Record) -> list[Path]:
         record: of an experiment that ran on this machine, its figures still below `home()`.
 
     Returns:
-        The files: `results/<experiment>.records.jsonl`, then one per figure.
+        The files: `results/<experiment>.records.jsonl`, then one per figure. A run that was asked
+        for a track has its name in theirs: `<experiment>_<track>`.
 
     Raises:
         ReplivitError: not an experiment's record, one whose code was not committed, a figure that
@@ -40,6 +42,9 @@ def ship_result(record: Record) -> list[Path]:
         )
     paper = get_experiment(record.variant).paper
     name = record.variant.partition("/")[2]
+    options = record.detail.get("options")
+    if isinstance(options, dict) and "track" in options:  # beside the one of its own track
+        name += "_" + re.sub(r"\W+", "_", str(options["track"]))
     pictures = [home() / path for path in record.detail["figures"] if path.endswith(".svg")]
     contents = {f"{FOLDER}/{name}-{path.name}": _read(path) for path in pictures}
     detail = {**record.detail, "figures": list(contents), "shipped": True}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.environment import home
+from harness.record import Record
 from harness.registry import Paper
 from leaderboard.columns import COLUMNS, show, show_interval, status_words
 from leaderboard.lessons import picture_uri
@@ -47,39 +48,46 @@ def _any_value(value: Any) -> str:
 
 
 def experiment_sections(paper: Paper, board: Board) -> list[dict[str, Any]]:
-    """Every experiment of a paper with its newest record, or a note that it has not been run."""
-    newest = {
-        record.variant: record for record in board.records if record.metric == "experiment"
-    }  # records are in order of time
+    """Every experiment of a paper with its newest record of each track, or that it was not run."""
+    newest: dict[str, dict[str | None, Record]] = {}
+    for record in board.records:  # in order of time
+        if record.metric == "experiment":
+            newest.setdefault(record.variant, {})[record.conditions.track] = record
     sections = []
     for name, spec in paper.facts.experiments.items():
         full = f"{paper.key}/{name}"
-        record = newest.get(full)
-        section = {
-            "anchor": name, "title": spec.title, "reproduces": spec.reproduces, "record": record,
-            "command": remeasure_command(record) if record else f"replivit run {full}",
-            "findings": [], "rows": [], "published": [], "pictures": [], "notes": "",
-        }  # fmt: skip
-        if record:
-            detail = record.detail
-            section |= {
-                "scale": detail.get("scale", ""),
-                "notes": str(detail.get("notes", "")),
-                "findings": [
-                    {key: str(row.get(key, "")) for key in ("claim", "outcome", "evidence")}
-                    for row in _dictionaries(detail.get("findings"))
-                ],
-                "rows": _table(detail.get("rows")),
-                "published": _table(detail.get("published")),
-                "pictures": _pictures(
-                    detail.get("figures", []),
-                    spec.title,
-                    paper.directory if detail.get("shipped") else home(),
-                ),
-                "facts": facts(record),
-            }
-        sections.append(section)
+        records = newest.get(full, {})
+        for track, record in records.items():
+            several = len(records) > 1
+            section = _experiment(paper, spec.title, record)
+            section["anchor"] = f"{name}-{track}" if several else name
+            section["title"] += f", on {track or 'no track'}" if several else ""
+            sections.append(section | {"reproduces": spec.reproduces})
+        if not records:
+            sections.append(
+                {
+                    "anchor": name, "title": spec.title, "reproduces": spec.reproduces,
+                    "record": None, "command": f"replivit run {full}", "findings": [],
+                }
+            )  # fmt: skip
     return sections
+
+
+def _experiment(paper: Paper, title: str, record: Record) -> dict[str, Any]:
+    """What one record says of an experiment."""
+    detail = record.detail
+    findings = _dictionaries(detail.get("findings"))
+    root = paper.directory if detail.get("shipped") else home()
+    return {
+        "title": title, "record": record, "command": remeasure_command(record),
+        "scale": detail.get("scale", ""), "notes": str(detail.get("notes", "")),
+        "findings": [
+            {key: str(row.get(key, "")) for key in ("claim", "outcome", "evidence")}
+            for row in findings
+        ],
+        "rows": _table(detail.get("rows")), "published": _table(detail.get("published")),
+        "pictures": _pictures(detail.get("figures", []), title, root), "facts": facts(record),
+    }  # fmt: skip
 
 
 def _dictionaries(rows: Any) -> list[dict]:

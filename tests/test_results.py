@@ -46,6 +46,18 @@ def test_record_and_figures_come_to_lie_beside_the_lesson(paper, own_home):
     assert str(own_home) not in json.dumps(record.detail)
 
 
+def test_a_run_on_another_track_lies_beside_it(paper, own_home):
+    """Also where the track's name is no name for a file."""
+    here = [one.name for one in ship_result(ran())]
+    for track, name in (("cifar10", "table_cifar10"), ("../a b", "table__a_b")):
+        record = ran()
+        record.detail["options"] = {"track": track}
+        files = [one.name for one in ship_result(record)]
+        assert files == [f"{name}.records.jsonl", f"{name}-line.svg"]
+    folder = paper.directory / "results"
+    assert set(here) < {one.name for one in folder.iterdir()} and len(here) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

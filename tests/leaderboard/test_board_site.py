@@ -203,6 +203,22 @@ def test_only_the_newest_run_of_an_experiment_counts(tmp_path, home):
     assert "new" in words and "old" not in words
 
 
+def test_each_track_of_an_experiment_has_its_own_section(tmp_path, home):
+    runs = [("fashion_mini", "stale"), ("cifar10", "small"), ("fashion_mini", "fresh")]
+    made = [
+        record("p/sweep", "experiment", 1, detail=experiment_record(notes=note).detail,
+               conditions={"track": track})
+        for track, note in runs
+    ]  # fmt: skip
+    made[0] = made[0].model_copy(update={"started": datetime(2025, 1, 1, tzinfo=timezone.utc)})
+    site = build_site(
+        make_store(tmp_path / "r", made), tmp_path / "s", [paper_with_everything(tmp_path)]
+    )
+    words = Page(site.papers["p"]).words
+    assert "Sweep, on fashion_mini" in words and "Sweep, on cifar10" in words
+    assert "small" in words and "fresh" in words and "stale" not in words
+
+
 def test_figures_outside_home_are_not_read(tmp_path, home):
     (tmp_path / "secret.png").write_bytes(b"secret")
     store = make_store(tmp_path / "r", [experiment_record(figures=["../secret.png", 7])])
