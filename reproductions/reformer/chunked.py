@@ -98,7 +98,7 @@ class _Merged:
 
     def __init__(self, windows: Windows) -> None:
         self.windows, self.totals = windows, []
-        self.sum = self.top = None
+        self.sum = self.weight = self.top = None
 
     def add(self, output: Tensor, total: Tensor) -> None:
         """Some rounds' outputs `(R, p, L, dv)`, which are overwritten, and `Z_r` `(R, p, L)`."""
@@ -109,10 +109,13 @@ class _Merged:
         before, self.top = self.top, total.amax(1)
         if before is not None:
             self.top = torch.maximum(before, self.top)
-        own = _sum_of_rounds(output.mul_(_shares(self.windows, total, self.top)[..., None]))
+        share = _shares(self.windows, total, self.top)
+        own, weight = _sum_of_rounds(output.mul_(share[..., None])), _sum_of_rounds(share)
         if before is not None:
-            own += self.sum.mul_((before - self.top).exp_()[..., None])
-        self.sum = own
+            less = (before - self.top).exp_()
+            own += self.sum.mul_(less[..., None])
+            weight += self.weight * less
+        self.sum, self.weight = own, weight
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         """Merged output `(R, L, dv)`; `Z` and the sum of the shares `(R, L)`."""
@@ -120,8 +123,8 @@ class _Merged:
         if self.windows.rounds == 1:
             return self.sum, total[:, 0], torch.ones_like(total[:, 0])
         whole = total.logsumexp(1)
-        weight = _shares(self.windows, total, whole).sum(1)
-        return self.sum.mul_((self.top - whole).exp_()[..., None]), whole, weight
+        factor = (self.top - whole).exp_()
+        return self.sum.mul_(factor[..., None]), whole, self.weight * factor
 
 
 def _sum_of_rounds(values: Tensor) -> Tensor:
