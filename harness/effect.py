@@ -217,7 +217,7 @@ def effect(
                 raise ReplivitError(f"no arm {name!r}; there are {', '.join(names)}")
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for seed in setting.seeds:
-        parent = _parent(setting, seed)
+        parent = trained_parent(setting, seed)
         runs[PARENT].append(parent)
         for arm in arms:
             runs[arm.name].append(_run(arm, parent, setting))
@@ -243,8 +243,8 @@ def effect(
 # one run
 
 
-def _parent(setting: Setting, seed: int) -> Run:
-    """The trained dense parent of a seed."""
+def trained_parent(setting: Setting, seed: int) -> Run:
+    """The dense parent of a seed: given, trained now, or found trained."""
     if setting.parent_weights is not None:
         model = load_model(setting.parent, setting.parent_weights, _num_classes(setting))
         return Run(seed, _top1(model, setting), 0.0, 0, model)

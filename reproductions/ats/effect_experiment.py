@@ -1,7 +1,7 @@
 """Does adaptive sampling pay on real images?
 
     replivit run ats/effect                                     # fashion_mini, three seeds
-    replivit run ats/effect --set track=cifar10 --set topk_tokens="[30,25,22,19]"
+    replivit run ats/effect --set track=cifar10 --set epochs=10
     replivit run ats/effect --scale paper --set parent_weights=deit_small.pth
 
 From the same trained parents: ATS put in without any training, and trained on for the same extra
@@ -17,8 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness import ExperimentResult, get_paper
-from harness.effect import CONTROL, PARENT, Arm, Claim, Runs, Setting, choose_setting, effect
+from harness import ExperimentResult, build, get_paper, get_variant
+from harness.checkpoints import load_weights
+from harness.effect import (
+    CONTROL,
+    PARENT,
+    Arm,
+    Claim,
+    Runs,
+    Setting,
+    choose_setting,
+    effect,
+    trained_parent,
+)
 from harness.tokens import kept_figure, sample_images
 from reproductions.ats.model import AtsVisionTransformer
 from reproductions.ats.start import with_trained_weights
@@ -57,18 +68,18 @@ def effect_on_images(
         variant: default `ats_micro`, `ats_deit_s` for `paper`.
         limit: of ATS, in parts of the patches.
         topk_tokens: patches that the rival keeps in each stage; default what ATS keeps on average
-            in the parent (its shipped weights, or `parent_weights`).
+            in a trained network: `parent_weights`, the shipped weights, or else the parent of the
+            first seed.
         options: fields of `harness.effect.Setting` (track, seeds, epochs, device, ...).
 
     Raises:
-        ReplivitError: unknown names, or no weights to tell the rival's number of tokens by.
+        ReplivitError: unknown names.
     """
     setting = choose_setting(scale, options)
     variant = variant or ("ats_deit_s" if scale == "paper" else "ats_micro")
     if topk_tokens is None:
-        topk_tokens = average_tokens(
-            variant, str(setting.track), limit, setting.parent_weights, setting.root
-        )
+        model = _trained(variant, limit, setting)
+        topk_tokens = average_tokens(model, str(setting.track), setting.root)
     sampling, rival = {"tokens": limit}, {"tokens": list(topk_tokens), "mode": "topk"}
     arms = [
         Arm(ATS_AS_IS, variant, sampling, train=False),
@@ -87,17 +98,25 @@ def effect_on_images(
     )  # fmt: skip
 
 
+def _trained(variant: str, limit: float, setting: Setting) -> AtsVisionTransformer:
+    """ATS with trained weights, its own or a parent's, which are whole."""
+    track, weights = str(setting.track), setting.parent_weights
+    if weights or get_variant(variant).weights_file(track):
+        return with_trained_weights(variant, track, weights, tokens=limit)[0]
+    parent = trained_parent(setting, setting.seeds[0]).model
+    model = build(variant, parent.num_classes, tokens=limit)
+    load_weights(model, parent.state_dict(), strict=False)
+    return model.eval()
+
+
 @torch.inference_mode()
 def average_tokens(
-    variant: str,
+    model: AtsVisionTransformer,
     track: str,
-    limit: float,
-    weights: str | Path | None = None,
     root: str | Path | None = None,
     images: int = 500,
 ) -> list[int]:
     """How many patches ATS keeps on average behind each stage, over test images, rounded."""
-    model, _ = with_trained_weights(variant, track, weights, tokens=limit)
     sample = sample_images(model, track, images, root=root)
     parts = [model.forward_with_tokens(part)[1] for part in sample.inputs.split(64)]
     return [

@@ -1,11 +1,14 @@
 """ATS's experiments: what they say follows from what they count."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import harness
 from harness import ReplivitError
+from harness.effect import choose_setting, trained_parent
 from harness.meta import on_meta
 from reproductions.ats import adaptive_cost, effect_experiment, sampling_experiment
 from reproductions.ats.conventions import dense_macs, macs_of_counts, tokens_in_blocks
@@ -131,9 +134,21 @@ def test_effect_compares_with_and_without_training():
 
 
 def test_rival_keeps_as_many_on_average():
-    limits = effect_experiment.average_tokens("ats_micro", "fashion_mini", 0.5, images=40)
+    model, _ = with_trained_weights("ats_micro", "fashion_mini", tokens=0.5)
+    limits = effect_experiment.average_tokens(model, "fashion_mini", images=40)
     assert len(limits) == 4 and limits == sorted(limits, reverse=True)
     assert 32 >= limits[0] > limits[-1] > 8
+
+
+def test_where_no_weights_ship_the_parent_of_the_run_is_looked_at(monkeypatch):
+    nothing = SimpleNamespace(weights_file=lambda track: None)
+    monkeypatch.setattr(effect_experiment, "get_variant", lambda name: nothing)
+    setting = choose_setting("tiny", {"train_images": 128, "test_images": 50})
+    model = effect_experiment._trained("ats_micro", 0.5, setting)
+    parent = trained_parent(setting, 0).model.state_dict()
+    own = model.state_dict()
+    assert set(parent) <= set(own) and all(torch.equal(own[name], parent[name]) for name in parent)
+    assert not model.training and len(effect_experiment.average_tokens(model, "fashion_mini")) == 4
 
 
 @pytest.mark.parametrize("name", ["adaptive_cost", "sampling", "effect"])
