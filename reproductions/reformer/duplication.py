@@ -47,7 +47,7 @@ class Task:
     batch_size: int = 16
     lr: float = 2e-3
     warmup: int = 200
-    steps: tuple[int, int, int, int, int] = (1000, 2500, 2000, 1500, 1500)
+    steps: tuple[int, int, int, int, int] = (1500, 8000, 5000, 2500, 2500)
 
     def steps_of(self, rounds: int | None) -> int:
         """Training steps with full attention (None), 1, 2, 4 or 8 rounds."""
