@@ -47,8 +47,8 @@ def duplication(
     """Train rows of Table 2 and evaluate each with full attention and 8, 4, 2, 1 rounds.
 
     Args:
-        scale: "tiny" (does it run?), "small" (63 symbols, 128 tokens, 64 wide: about eight minutes of
-            one core for each seed) or "paper" (127 symbols, 1024 tokens, 256 wide, 150 000 steps a
+        scale: "tiny" (does it run?), "small" (63 symbols, 128 tokens, 64 wide: eight minutes of one
+            core for each seed) or "paper" (127 symbols, 1024 tokens, 256 wide, 150 000 steps a
             row: for an accelerator).
         seeds: of training, one by default; a cell is the mean over them.
         trained: rounds in training, 0 for full attention. Rows that are already trained are found.
