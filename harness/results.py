@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness.environment import home
 from harness.errors import ReplivitError
-from harness.record import Record
+from harness.record import Record, read_records
 from harness.registry import get_experiment
 from harness.training.state import write_whole
 
@@ -27,8 +27,8 @@ def ship_result(record: Record) -> list[Path]:
         record: of an experiment that ran on this machine, its figures still below `home()`.
 
     Returns:
-        The files: `results/<experiment>.records.jsonl`, then one per figure. A run that was asked
-        for a track has its name in theirs: `<experiment>_<track>`.
+        The files: `results/<experiment>.records.jsonl`, then one per figure. Where that is of
+        another track, theirs are named `<experiment>_<track>`.
 
     Raises:
         ReplivitError: not an experiment's record, one whose code was not committed, a figure that
@@ -42,9 +42,9 @@ def ship_result(record: Record) -> list[Path]:
         )
     paper = get_experiment(record.variant).paper
     name = record.variant.partition("/")[2]
-    options = record.detail.get("options")
-    if isinstance(options, dict) and "track" in options:  # beside the one of its own track
-        name += "_" + re.sub(r"\W+", "_", str(options["track"]))
+    own, track = paper.directory / FOLDER / f"{name}.records.jsonl", record.conditions.track
+    if own.is_file() and any(one.conditions.track != track for one in read_records(own)):
+        name += "_" + re.sub(r"\W+", "_", str(track))  # beside the one of another track
     pictures = [home() / path for path in record.detail["figures"] if path.endswith(".svg")]
     contents = {f"{FOLDER}/{name}-{path.name}": _read(path) for path in pictures}
     detail = {**record.detail, "figures": list(contents), "shipped": True}

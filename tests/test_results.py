@@ -47,15 +47,19 @@ def test_record_and_figures_come_to_lie_beside_the_lesson(paper, own_home):
 
 
 def test_a_run_on_another_track_lies_beside_it(paper, own_home):
-    """Also where the track's name is no name for a file."""
-    here = [one.name for one in ship_result(ran())]
-    for track, name in (("cifar10", "table_cifar10"), ("../a b", "table__a_b")):
-        record = ran()
-        record.detail["options"] = {"track": track}
-        files = [one.name for one in ship_result(record)]
-        assert files == [f"{name}.records.jsonl", f"{name}-line.svg"]
-    folder = paper.directory / "results"
-    assert set(here) < {one.name for one in folder.iterdir()} and len(here) == 2
+    """Also where the track's name is no name for a file; the same track is replaced."""
+
+    def shipped(track):
+        conditions = Conditions(track=track)
+        return [
+            one.name for one in ship_result(ran().model_copy(update={"conditions": conditions}))
+        ]
+
+    expected = {"fashion_mini": "table", "cifar10": "table_cifar10", "../a b": "table__a_b"}
+    for track, name in expected.items():
+        assert shipped(track) == [f"{name}.records.jsonl", f"{name}-line.svg"]
+    assert shipped("fashion_mini")[0] == "table.records.jsonl"
+    assert len(list((paper.directory / "results").iterdir())) == 2 * len(expected)
 
 
 @pytest.mark.parametrize(

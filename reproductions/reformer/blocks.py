@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from reproductions.reformer.windows import ACCELERATOR, Biases, Windows
+from reproductions.reformer.pieces import pieces
+from reproductions.reformer.windows import Biases, Windows
 
 #: Elements of one block's gathered queries, keys and values: what a cache holds.
 ROW_ELEMENTS = 1 << 21
@@ -38,21 +39,22 @@ class Rows:
         self.query, self.key, self.value = query[rows], key[rows], value[rows]
         self.tokens = windows.queries(rows, query.device)
         self.biases = Biases(windows, rows, self.tokens)
-        self.room = _room(query, value)
+        self.width = _width(query, value)
 
     def lanes(self, rounds: slice) -> int:
-        """How often a round of a row: `R p`."""
+        """Lanes of some rounds: `R p`."""
         return self.query.shape[0] * (rounds.stop - rounds.start)
 
     def rounds(self) -> Iterator[slice]:
         """Rounds that are taken at a time."""
-        windows = self.windows
-        yield from _slices(windows.rounds, self.room // (self.query.shape[0] * windows.length))
+        each = self.query.shape[0] * self.windows.length * self.width
+        yield from pieces(0, self.windows.rounds, each, ROW_ELEMENTS, self.query.device)
 
     def blocks(self, rounds: slice) -> Iterator[Block]:
         """Blocks that together hold every chunk of some rounds."""
-        most = self.room // (self.lanes(rounds) * self.windows.chunk)
-        for chunks in _slices(self.windows.per_round, most):
+        each = self.lanes(rounds) * self.windows.chunk * self.width
+        count = self.windows.per_round
+        for chunks in pieces(0, count, each, ROW_ELEMENTS, self.query.device):
             yield Block(self, rounds, chunks)
 
     def tokens_of(self, rounds: slice, first: int, last: int) -> Tensor:
@@ -127,24 +129,13 @@ class Block:
         return (self.query[:, at] * own_key).sum(-1)
 
 
-def _slices(count: int, most: int) -> Iterator[slice]:
-    """`range(count)` in slices of at most so many, but at least of one."""
-    if torch.compiler.is_compiling():  # a program may be for any batch
-        yield slice(0, count)
-        return
-    most = max(1, most)
-    for first in range(0, count, most):
-        yield slice(first, min(first + most, count))
-
-
-def _room(query: Tensor, value: Tensor) -> int:
-    """Tokens of which a block gathers queries, keys and values."""
-    elements = ROW_ELEMENTS * (1 if query.device.type == "cpu" else ACCELERATOR)
-    return elements // (2 * query.shape[-1] + value.shape[-1])
+def _width(query: Tensor, value: Tensor) -> int:
+    """Elements that a token's query, key and value take."""
+    return 2 * query.shape[-1] + value.shape[-1]
 
 
 def groups(windows: Windows, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Rows]:
     """All rows of `(R, L, ...)`, so many at a time as a block takes with all their rounds."""
-    most = _room(query, value) // (windows.rounds * windows.length)
-    for rows in _slices(query.shape[0], most):
+    each = windows.rounds * windows.length * _width(query, value)
+    for rows in pieces(0, query.shape[0], each, ROW_ELEMENTS, query.device):
         yield Rows(windows, rows, query, key, value)

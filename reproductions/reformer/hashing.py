@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reproductions.reformer.pieces import pieces
+
 #: One number of buckets, or factors whose product it is: each factor is hashed on its own.
 NumBuckets = int | Sequence[int]
 Sharing = Literal["example_head", "head", "all"]
@@ -137,16 +139,12 @@ def hash_vectors(
             f"buckets {factors} need rotations of {sum(factors) // 2} columns, not {columns}"
         )
     flat = rotations.to(vectors.dtype).flatten(-2)
-    most = vectors.shape[-2]
-    if not torch.compiler.is_compiling():  # a program may be for any batch
-        most = max(1, PROJECTED_ELEMENTS // (vectors.shape[:-2].numel() * flat.shape[-1]))
-    buckets = torch.cat(
-        [
-            _bucket_ids((part @ flat).unflatten(-1, (rounds, columns)), factors)
-            for part in vectors.detach().split(most, -2)
-        ],
-        -1,
-    )
+    each = vectors.shape[0] * vectors.shape[1] * flat.shape[-1]
+    found = []
+    for tokens in pieces(0, vectors.shape[-2], each, PROJECTED_ELEMENTS, vectors.device):
+        projected = vectors[..., tokens, :] @ flat
+        found.append(_bucket_ids(projected.unflatten(-1, (rounds, columns)), factors))
+    buckets = torch.cat(found, -1)
     if valid is not None:
         buckets.masked_fill_(~valid[:, None, None, :], math.prod(factors))
     return buckets

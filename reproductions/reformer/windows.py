@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from reproductions.reformer.hashing import Sorted
+from reproductions.reformer.pieces import pieces
 
 #: Elements of the bias that is made at a time: what a cache holds.
 BIAS_ELEMENTS = 1 << 19
-#: An accelerator wants larger pieces than a cache.
-ACCELERATOR = 64
 #: From so many chunks a round on, the inner ones share a bias and only the outer ones compare.
 SHARED_BIAS_CHUNKS = 4
 
@@ -125,12 +124,9 @@ class Windows:
                 if start < stop:
                     yield start, stop, shared
             return
-        elements = BIAS_ELEMENTS * (1 if device.type == "cpu" else ACCELERATOR)
-        most = chunks.stop - chunks.start
-        if not torch.compiler.is_compiling():  # a program may be for any batch
-            most = max(1, elements // (lanes * self.chunk * self.width))
-        for first in range(chunks.start, chunks.stop, most):
-            yield first, min(first + most, chunks.stop), False
+        each = lanes * self.chunk * self.width
+        for part in pieces(chunks.start, chunks.stop, each, BIAS_ELEMENTS, device):
+            yield part.start, part.stop, False
 
     def shared_bias(self, like: Tensor) -> Tensor:
         """The bias of a chunk all of whose neighbours are of its round: `(1, 1, m, w)`."""
