@@ -46,6 +46,7 @@ def remeasure_command(record: Record) -> str:
         words += ["--limit", str(given.options["limit"])] if "limit" in given.options else []
         words += ["--device", given.device] if given.device != "cpu" else []
         words += ["--dtype", given.dtype] if given.dtype != "float32" else []
+        words += ["--backend", given.backend] if given.backend != "eager" else []
     return shlex.join(words)
 
 

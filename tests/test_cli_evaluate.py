@@ -51,6 +51,8 @@ def test_options_reach_the_evaluation(place):
     record = RecordStore().load()[0]
     assert record.conditions.options == {"width": 4, "limit": 10, "split": "train"}
     assert record.n == 10
+    runner.invoke(app, [*arguments, "--backend", "deploy"])
+    assert RecordStore().load()[-1].conditions.backend == "deploy"
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,7 @@ def test_wrong_models(cifar):
     ("options", "words"),
     [
         ({"dtype": "int8"}, "dtype 'int8' is unknown"),
+        ({"backend": "cuda_graph"}, "backend 'cuda_graph' is unknown here; it is eager, deploy,"),
         ({"device": "toaster"}, "device 'toaster' is unknown"),
         ({"batch_size": 0}, "must be at least 1"),
         ({"limit": 0}, "must be at least 1"),
@@ -257,6 +258,38 @@ def test_mixed_precision_is_told(cifar):
     record = evaluate(Typed(3072, 10), cifar, dtype="bfloat16")[0]
     assert record.conditions.dtype == "bfloat16"
     assert set(seen) == {torch.bfloat16}
+
+
+class _Folding(nn.Sequential):
+    """A network with something to fold, which counts how often it is called."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 4, 4, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),
+            nn.Linear(512, 256), nn.Linear(256, 10),
+        )  # fmt: skip
+        self.calls = 0
+        self[1].running_mean.uniform_(-1, 1)
+
+    def forward(self, images):
+        self.calls += 1
+        return super().forward(images)
+
+
+def test_the_deployed_form_answers_alike_and_is_told(cifar):
+    torch.manual_seed(0)
+    model = _Folding()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    eager = evaluate(model, cifar)[0]
+    calls = model.calls
+    deployed = evaluate(model, cifar, backend="deploy")[0]
+    assert model.calls == calls  # its copy answered
+    assert (eager.conditions.backend, deployed.conditions.backend) == ("eager", "deploy")
+    np.testing.assert_array_equal(bits_of(deployed), bits_of(eager))
+    assert deployed.variant == eager.variant
+    assert model.training
+    assert isinstance(model[1], nn.BatchNorm2d)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_a_model_can_be_trained_after_it_was_evaluated(cifar):

@@ -235,6 +235,8 @@ def test_markdown_has_a_line_per_row_and_cannot_be_broken_by_a_name(tmp_path):
         ("top1", {"track": "cifar10"}, "replivit evaluate v --track cifar10"),
         ("top1", {"track": "cifar10", "device": "cuda", "dtype": "bfloat16"},
          "replivit evaluate v --track cifar10 --device cuda --dtype bfloat16"),
+        ("top1", {"track": "cifar10", "backend": "deploy"},
+         "replivit evaluate v --track cifar10 --backend deploy"),
         ("top1", {"track": "cifar10", "seed": 2}, "replivit train v --track cifar10 --seed 2"),
     ],
 )  # fmt: skip

@@ -41,6 +41,13 @@ def evaluate(
     dtype: Annotated[
         str, typer.Option(help="float32, or bfloat16 / float16 for mixed precision.")
     ] = "float32",
+    backend: Annotated[
+        str,
+        typer.Option(
+            help="eager; deploy for the deployment form, equal to 1e-5 and up to twice as fast; "
+            "compile; deploy+compile."
+        ),
+    ] = "eager",
     image_size: Annotated[
         int | None, typer.Option(help="Pixels of a side; default the variant's own.", min=1)
     ] = None,
@@ -65,6 +72,8 @@ def evaluate(
 
       replivit evaluate efficientformer_l1 --weights efficientformer_l1.pth --data /data
 
+      replivit evaluate dynamicvit_deit_s_k07 --weights k07.pth --data /data --backend deploy
+
     One bit per image is kept, so that two models can be compared image by image later. With
     --limit the records say so and count as a slice, not as the track's accuracy.
     """
@@ -77,8 +86,8 @@ def evaluate(
         task = bar.add_task(chosen.name, total=None)
         records = harness.evaluate(
             chosen.name, track or chosen.track, split=split, root=data, batch_size=batch_size,
-            device=device, limit=limit, weights=weights, dtype=dtype, image_size=image_size,
-            workers=workers, options=parse_options(set_),
+            device=device, limit=limit, weights=weights, dtype=dtype, backend=backend,
+            image_size=image_size, workers=workers, options=parse_options(set_),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     out.print(records_table(chosen.name, records))
