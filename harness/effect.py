@@ -220,7 +220,7 @@ def effect(
         parent = trained_parent(setting, seed)
         runs[PARENT].append(parent)
         for arm in arms:
-            runs[arm.name].append(_run(arm, parent, setting))
+            runs[arm.name].append(train_arm(arm, parent, setting))
     found = report(arms, runs, claims, setting)
     if pictures is not None:
         found["figures"] |= pictures(runs, setting)
@@ -253,7 +253,7 @@ def trained_parent(setting: Setting, seed: int) -> Run:
     return _finished(trained, seed, setting)
 
 
-def _run(arm: Arm, parent: Run, setting: Setting) -> Run:
+def train_arm(arm: Arm, parent: Run, setting: Setting) -> Run:
     """An arm from (or beside) the parent of a seed."""
     objective = arm.objective(copy.deepcopy(parent.model)) if arm.objective else None
     options = {

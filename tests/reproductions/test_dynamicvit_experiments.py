@@ -12,6 +12,7 @@ from harness.errors import ReplivitError
 from harness.measurement.macs import count_macs
 from reproductions.dynamicvit import adaptive_cost as adaptive
 from reproductions.dynamicvit import experiments, recount
+from reproductions.dynamicvit import length_experiment as length
 from reproductions.dynamicvit.effect_experiment import CLAIMS, arms
 
 # printed counts
@@ -228,3 +229,37 @@ def test_effect_runs(own_home):
     assert [row["top-1 (%)"] for row in result.published] == [
         78.2, 73.4, 79.3, 77.5, 78.1, 79.3, 77.4, 79.2, 79.3,
     ]  # fmt: skip
+
+
+# training length
+
+
+def test_training_length_asks_each_network_three_times(own_home):
+    result = harness.run(
+        "dynamicvit/training_length", scale="tiny", train_images=128, test_images=50
+    )
+    rows = {(row["arm"], row["extra epochs"]): row for row in result.rows}
+    assert list(rows) == [(arm, epochs) for arm in length.STYLES for epochs in (1, 2)]
+    assert rows[CONTROL, 1]["against the control"] == ""
+    for epochs in (1, 2):  # the same training behind all three
+        asked = {rows[name, epochs]["training (s)"] for name in (length.AT_RANDOM, length.SAMPLED)}
+        assert asked == {0.0} and rows[length.LEARNED, epochs]["training (s)"] > 0
+    assert len(result.findings) == 4
+    assert all("After 2 epochs" in finding.claim for finding in result.findings)
+    again = harness.run(
+        "dynamicvit/training_length", scale="tiny", train_images=128, test_images=50, lengths=2
+    )
+    assert again.rows == [row for row in result.rows if row["extra epochs"] == 2]
+
+
+def test_a_network_is_asked_with_its_own_weights():
+    torch.manual_seed(0)
+    model = harness.build("dynamicvit_micro", 10).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        expected = model.forward_train(images).logits
+        torch.manual_seed(3)
+        assert torch.equal(length.Sampled(model)(images), expected)
+    with pytest.raises(ReplivitError, match="say lengths=3,12"):
+        length.training_length(epochs=3)
