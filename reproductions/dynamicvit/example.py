@@ -40,7 +40,7 @@ print(f"parent: {top1.value:.1f} % top-1, {count_macs(parent, 32).total / 1e6:.1
 
 # %%
 trained = harness.train(
-    "dynamicvit_micro", "fashion_mini", {"lr": 5e-4, "warmup_epochs": 0}, epochs=1,
+    "dynamicvit_micro", "fashion_mini", epochs=1,
     objective=DynamicViTObjective(parent), init=parent.state_dict(), device="cpu",
 )  # fmt: skip
 pruned = trained.model
