@@ -1,7 +1,7 @@
 """How many epochs until the learned choice pays, and what the network makes of other choices?
 
     replivit run dynamicvit/training_length                   # fashion_mini, three seeds
-    replivit run dynamicvit/training_length --set lengths=3,30
+    replivit run dynamicvit/training_length --set lengths=3,10
     replivit run dynamicvit/training_length --scale paper --set parent_weights=deit_small.pth
 
 The arms of `dynamicvit/effect` at keep 0.7, trained from the same parents for several lengths. What
@@ -57,7 +57,7 @@ Lengths = dict[tuple[str, int], list[Run]]
 class Plan(Setting):
     """A setting of `harness.effect` with several numbers of extra epochs instead of one."""
 
-    lengths: tuple[int, ...] = (3, 12)
+    lengths: tuple[int, ...] = (3, 30)
 
 
 def _plan(scale: str, **changes: Any) -> Plan:
@@ -97,7 +97,7 @@ def training_length(scale: str = "small", **options: Any) -> ExperimentResult:
     default = "dynamicvit_deit_s_k07" if scale == "paper" else "dynamicvit_micro"
     variant = options.pop("variant", default)
     if "epochs" in options:
-        raise ReplivitError("training_length compares several lengths: say lengths=3,12")
+        raise ReplivitError("training_length compares several lengths: say lengths=3,30")
     plan = choose(PLANS, scale, options, LEAST)
     chosen = [one for one in arms(variant) if one.name in (LEARNED, RANDOM, ATTENTION)]
     runs: Lengths = {}

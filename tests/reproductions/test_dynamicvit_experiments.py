@@ -267,5 +267,5 @@ def test_a_network_is_asked_with_its_own_weights():
         expected = model.forward_train(images).logits
         torch.manual_seed(3)
         assert torch.equal(length.Sampled(model)(images), expected)
-    with pytest.raises(ReplivitError, match="say lengths=3,12"):
+    with pytest.raises(ReplivitError, match="say lengths=3,30"):
         length.training_length(epochs=3)
