@@ -127,7 +127,7 @@ def trained(
     teacher = harness.load_pretrained(parent, track)
     start = {key: value.clone() for key, value in teacher.state_dict().items()}
     run = harness.train(
-        variant, track, {"lr": 5e-4, "warmup_epochs": 0}, epochs=1, init=start, root=root,
+        variant, track, "micro", epochs=1, init=start, root=root,
         objective=DynamicViTObjective(teacher), device="cpu", evaluate=False, quiet=True,
         hold_out=len(load_split(track, "train", root)) - 256 if tiny else 0,
     )  # fmt: skip
