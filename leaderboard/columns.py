@@ -91,7 +91,9 @@ def decimals_for(value: float, digits: int = 3) -> int:
 
 
 def show(value: float, digits: int = 3) -> str:
-    """A number with `digits` significant digits: 0.0153, 1.25, 86.6, 1,240."""
+    """A number with `digits` significant digits: 0.0153, 1.25, 86.6, 1,240; tiny ones 5.5e-15."""
+    if 0 < abs(value) < 1e-4:
+        return f"{value:.{digits}g}"
     return f"{value:,.{decimals_for(value, digits)}f}"
 
 

@@ -174,6 +174,9 @@ def test_published_top1_is_the_first_of_the_papers_file_that_was_read(tmp_path):
         (1240, "1,240"),
         (0, "0"),
         (9.999, "10.00"),
+        (5.5e-15, "5.5e-15"),
+        (-0.0000123456, "-1.23e-05"),
+        (0.000123456, "0.000123"),
     ],
 )
 def test_numbers_read_well(value, text):
