@@ -114,14 +114,6 @@ def speedup(timing: Timing) -> Speedup:
     return Speedup(1 / timing.ratio, 1 / high, 1 / low)
 
 
-def meets(name: str, faster: Speedup, bar: float) -> bool:
-    """Whether a form of ours is fast enough for inference: what is deployed, the form to run a
-    network in, meets the bar; what is built and trained is at least not slower (its interval
-    reaches one). Most of the time of both is the matrix products that the authors have, too.
-    """
-    return faster.value >= bar if name == "deployed" else faster.high >= 1
-
-
 class Table:
     """Prints a row for each competitor; `passed` tells whether all did what they should."""
 

@@ -20,17 +20,7 @@ from pathlib import Path
 
 import timm.layers
 import torch
-from race import (
-    Table,
-    check_names,
-    meets,
-    passes,
-    race_parser,
-    relative_error,
-    run,
-    speedup,
-    take_turns,
-)
+from race import Table, check_names, passes, race_parser, relative_error, run, speedup, take_turns
 from torch import nn
 
 import harness
@@ -79,7 +69,7 @@ def compare(variant: str, batch: int, arguments: argparse.Namespace, table: Tabl
     errors = {name: relative_error(models[name], theirs, images) for name in ("ours", "deployed")}
     for name, own in take_turns(passes(models, images), arguments).items():
         faster = speedup(own)
-        good = meets(name, faster, DEPLOY_BAR)
+        good = faster.value >= DEPLOY_BAR if name == "deployed" else faster.high >= 1
         table.row(variant, batch, name, own, error=errors.get(name), good=good)
 
 
