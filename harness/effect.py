@@ -247,7 +247,7 @@ def trained_parent(setting: Setting, seed: int) -> Run:
     """The dense parent of a seed: given, trained now, or found trained."""
     if setting.parent_weights is not None:
         model = load_model(setting.parent, setting.parent_weights, _num_classes(setting))
-        return Run(seed, _top1(model, setting), 0.0, 0, model)
+        return Run(seed, top1_of(model, setting), 0.0, 0, model)
     options = {"epochs": setting.parent_epochs}
     trained = _train(setting, setting.parent, parent_recipe(setting), seed, **options)
     return _finished(trained, seed, setting)
@@ -273,7 +273,7 @@ def train_arm(arm: Arm, parent: Run, setting: Setting) -> Run:
         torch.manual_seed(parent.seed)  # new weights, if there are any
         model = registry.build(arm.variant, _num_classes(setting), **arm.options)
         load_weights(model, state, strict=False)
-        return Run(parent.seed, _top1(model.eval(), setting), 0.0, 0, model)
+        return Run(parent.seed, top1_of(model.eval(), setting), 0.0, 0, model)
     trained = _train(setting, arm.variant, recipe, parent.seed, init=state, **options)
     return _finished(trained, parent.seed, setting)
 
@@ -310,13 +310,14 @@ def _train(
 def _finished(trained: TrainedModel, seed: int, setting: Setting) -> Run:
     scored = [record for record in trained.records if record.metric == "top1"]
     if setting.test_images is not None or not scored:
-        scored = [_top1(trained.model, setting)]
+        scored = [top1_of(trained.model, setting)]
     return Run(
         seed, scored[0], trained.value("train_time"), trained.value("images_seen"), trained.model
     )  # fmt: skip
 
 
-def _top1(model: nn.Module, setting: Setting) -> Record:
+def top1_of(model: nn.Module, setting: Setting) -> Record:
+    """Top-1 on the setting's test images, with its bits."""
     records = evaluate(model, test_split(setting), device=setting.device, limit=setting.test_images)
     return next(record for record in records if record.metric == "top1")
 

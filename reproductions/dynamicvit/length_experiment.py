@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from harness import Conditions, ExperimentResult, evaluate, registry
+from harness import Conditions, ExperimentResult, registry
 from harness.checkpoints import load_weights
 from harness.effect import (
     CONTROL,
@@ -29,7 +29,7 @@ from harness.effect import (
     Claim,
     Run,
     Setting,
-    test_split,
+    top1_of,
     train_arm,
     trained_parent,
 )
@@ -148,16 +148,9 @@ def _asked_otherwise(run: Run, arm: Arm, plan: Plan) -> dict[str, Run]:
     load_weights(at_random, backbone)
     torch.manual_seed(run.seed)  # of what is sampled
     return {
-        name: Run(run.seed, _top1(asked, name, plan), 0.0, 0, asked)
+        name: Run(run.seed, top1_of(asked, plan), 0.0, 0, asked)
         for name, asked in ((AT_RANDOM, at_random.eval()), (SAMPLED, Sampled(model)))
     }
-
-
-def _top1(model: nn.Module, name: str, plan: Plan):
-    records = evaluate(
-        model, test_split(plan), device=plan.device, limit=plan.test_images, name=name
-    )
-    return next(one for one in records if one.metric == "top1")
 
 
 def _claims(epochs: int) -> list[Claim]:
