@@ -282,6 +282,8 @@ def build(
             of classes that is none.
         ValueError: the method cannot be built so (the message says what can).
     """
+    from harness.linear import choose_linears
+
     variant = get_variant(name)
     builder = variant.paper.resolve(variant.spec.build)
     arguments = {**variant.spec.args, **overrides}
@@ -299,6 +301,7 @@ def build(
             f"{variant.name} cannot be built with {given} "
             f"({textwrap.shorten(one_line(error), 160, placeholder=' ...')})"
         ) from error
+    choose_linears(model)
     model.pretrained_cfg = model.default_cfg = pretrained_cfg(variant, classes, size)
     return model
 

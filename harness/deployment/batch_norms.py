@@ -21,9 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from harness.deployment.affine import batch_norm_affine, fold_after, fold_before, takes_affine
+from harness.linear import Linear
 
 # By `forward`, not by class: a subclass that computes something else is not folded.
-LAYER_FORWARDS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)}
+LAYER_FORWARDS = {
+    kind.forward for kind in (nn.Linear, Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)
+}
 NORM_FORWARDS = {_BatchNorm.forward, BatchNormAct2d.forward}
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
+
+from harness.linear import Linear, linear
 
 #: Fewest weights for which packing pays: below it the operator's own cost outweighs the gain
 #: (a width of 64 gets slower, one of 128 and more gets faster).
@@ -41,7 +42,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self._fits(x):
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._weights(), self.bias, "none", [], "none")
 
     def _fits(self, x: Tensor) -> bool:
@@ -70,10 +71,10 @@ class PackedLinear(nn.Linear):
 
 
 def pack_linears(model: nn.Module) -> list[str]:
-    """Replace the larger `nn.Linear` layers below `model`; returns their names.
+    """Replace the larger linear layers below `model`; returns their names.
 
-    Subclasses stay as they are, as do layers that are watched by hooks or hold their weight in an
-    unusual way (parametrized, or something other than float32).
+    Subclasses with a forward of their own stay as they are, as do layers that are watched by hooks
+    or hold their weight in an unusual way (parametrized, or something other than float32).
     """
     if not torch.backends.mkldnn.is_available():
         return []
@@ -89,7 +90,7 @@ def pack_linears(model: nn.Module) -> list[str]:
 
 def _can_pack(layer: nn.Module) -> bool:
     return (
-        type(layer) is nn.Linear
+        type(layer) in (nn.Linear, Linear)
         and layer.weight.dtype == torch.float32
         and layer.weight.numel() >= LEAST_WEIGHTS
         and not layer._forward_hooks

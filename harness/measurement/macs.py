@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness.linear import matrix_products
 from harness.measurement.evaluation_form import (
     ImageSize,
     Inputs,
@@ -176,7 +177,7 @@ def count_macs(
     mapping = formulas(floating_like(module).device.type)
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     log, calls = OperatorLog(counter.flop_registry), _CallTree(module, counter)
-    with evaluation_form(module), calls.watching(), log, counter:
+    with evaluation_form(module), matrix_products(), calls.watching(), log, counter:
         module(*inputs)
     by_operator = counter.get_flop_counts().get("Global", {})
     return MacsCount(
@@ -203,7 +204,7 @@ def count_macs_distribution(module: nn.Module, images: Iterable[torch.Tensor]) -
     """
     like = floating_like(module)
     values, mapping = [], formulas(like.device.type)
-    with evaluation_form(module):
+    with evaluation_form(module), matrix_products():
         for image in images:
             with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
                 module(image[None].to(like.device, like.dtype))

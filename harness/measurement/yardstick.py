@@ -1,7 +1,8 @@
 """The yardstick every latency is divided by, and the inputs that models are fed.
 
-The yardstick is timm's DeiT-Ti, eager, float32, weights from a fixed seed: the ratio to it is what
-travels between machines.
+The yardstick is timm's DeiT-Ti, eager, float32, weights from a fixed seed, with the same linear
+layers as the models it is beside (`harness.linear`): the ratio to it is what travels between
+machines.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ def build_yardstick(device: str = "cpu") -> nn.Module:
     import timm
     import torch
 
+    from harness.linear import choose_linears
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return timm.create_model(NAME, pretrained=False).eval().to(device)
+        model = timm.create_model(NAME, pretrained=False).eval().to(device)
+    return choose_linears(model)
 
 
 def seeded_images(

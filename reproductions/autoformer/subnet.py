@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, trunc_normal_
 from torch import Tensor, nn
 
+from harness.linear import Linear
 from harness.patches import ImageSize, patch_grid
 from reproductions.autoformer.attention import Grid, RelativePosition, relative_attention
 from reproductions.autoformer.space import Config, Space
@@ -53,8 +54,8 @@ class Options:
 class Layers:
     """Which modules a network is made of: dense ones here, sliced ones in the supernet."""
 
-    linear: Callable[..., nn.Linear] = nn.Linear
-    qkv: Callable[..., nn.Linear] = nn.Linear
+    linear: Callable[..., nn.Linear] = Linear
+    qkv: Callable[..., nn.Linear] = Linear
     norm: Callable[..., nn.LayerNorm] = nn.LayerNorm
     conv: Callable[..., nn.Conv2d] = nn.Conv2d
 

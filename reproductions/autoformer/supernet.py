@@ -20,6 +20,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.linear import linear
 from harness.meta import on_meta
 from harness.patches import ImageSize
 from reproductions.autoformer.counting import complexity_of, params_of
@@ -35,7 +36,7 @@ class SlicedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         width = self.width or self.out_features
         bias = None if self.bias is None else self.bias[:width]
-        return F.linear(x, self.weight[:width, : x.shape[-1]], bias)
+        return linear(x, self.weight[:width, : x.shape[-1]], bias)
 
 
 def qkv_rows(weight: Tensor, inner: int, dim: int) -> Tensor:
@@ -50,7 +51,7 @@ class SlicedQKV(SlicedLinear):
     def forward(self, x: Tensor) -> Tensor:
         width = self.width or self.out_features
         weight = qkv_rows(self.weight, width // 3, x.shape[-1])
-        return F.linear(x, weight, None if self.bias is None else self.bias[:width])
+        return linear(x, weight, None if self.bias is None else self.bias[:width])
 
 
 class SlicedLayerNorm(nn.LayerNorm):

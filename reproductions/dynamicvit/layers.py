@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
+from harness.linear import linear
+
 EPS = 1e-6  # of the masked softmax
 
 
@@ -118,8 +120,8 @@ class Attention(nn.Module):
     def first_token(self, x: Tensor) -> Tensor:
         """What `forward` gives at token 0, `(B, 1, C)`, without computing the others."""
         query, rest = self._split()
-        k, v = (self._heads(one) for one in F.linear(x, *rest).chunk(2, dim=-1))
-        q = self._heads(F.linear(x[:, :1], *query))
+        k, v = (self._heads(one) for one in linear(x, *rest).chunk(2, dim=-1))
+        q = self._heads(linear(x[:, :1], *query))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def class_attention(self, x: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ class Attention(nn.Module):
         """
         query, (weight, _) = self._split()
         keys = weight[: x.shape[-1]].unflatten(0, (self.num_heads, -1))
-        q = self._heads(F.linear(x[:, :1], *query)).squeeze(2)  # (B, H, d)
+        q = self._heads(linear(x[:, :1], *query)).squeeze(2)  # (B, H, d)
         towards = torch.einsum("bhd,hdc->bhc", q, keys) * q.shape[-1] ** -0.5
         return (towards @ x.transpose(1, 2)).softmax(dim=-1).mean(dim=1)[:, 1:]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.linear import linear
 from harness.training import Objective, cross_entropy
 from reproductions.efficientformer_v2.blocks import FFN, AttnFFN
 from reproductions.efficientformer_v2.layers import ConvNorm, LayerScale
@@ -212,7 +213,7 @@ class ElasticLinear(nn.Linear):
     """A linear layer of as many inputs as come in."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight[:, : x.shape[-1]], self.bias)
+        return linear(x, self.weight[:, : x.shape[-1]], self.bias)
 
 
 class Supernet(EfficientFormerV2):

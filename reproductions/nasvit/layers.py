@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.linear import Linear
 from reproductions.nasvit.space import Block
 
 
@@ -35,7 +36,7 @@ class Layers:
     conv: type[nn.Conv2d] = Conv2d
     depthwise: type[nn.Conv2d] = Depthwise
     batch_norm: type[nn.BatchNorm2d] = nn.BatchNorm2d
-    linear: type[nn.Linear] = nn.Linear
+    linear: type[nn.Linear] = Linear
 
 
 DENSE = Layers()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.linear import linear
 from harness.meta import on_meta
 from harness.patches import ImageSize
 from reproductions.nasvit.attention import (
@@ -63,7 +64,7 @@ class SlicedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias[: self.width]
-        return F.linear(x, self.weight[: self.width, : x.shape[-1]], bias)
+        return linear(x, self.weight[: self.width, : x.shape[-1]], bias)
 
 
 class SlicedBatchNorm2d(nn.BatchNorm2d):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.linear import Linear
 from reproductions.reformer.chunked import chunked_attention
 from reproductions.reformer.hashing import (
     NumBuckets,
@@ -67,8 +68,8 @@ class _Heads(nn.Module):
         self.causal, self.chunk, self.attn_drop = causal, chunk, attn_drop
         inner = self.num_heads * self.head_dim
         for name in self.projections:
-            setattr(self, name, nn.Linear(dim, inner, bias=qkv_bias))
-        self.to_out = nn.Linear(inner, dim, bias=out_bias)
+            setattr(self, name, Linear(dim, inner, bias=qkv_bias))
+        self.to_out = Linear(inner, dim, bias=out_bias)
 
     projections: tuple[str, ...] = ("to_qk", "to_v")
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from harness.linear import Linear
 from reproductions.reformer.attention import FullAttention, LocalAttention, LSHAttention
 from reproductions.reformer.hashing import NumBuckets, buckets_hugging_face
 from reproductions.reformer.layers import (
@@ -162,7 +163,7 @@ class ReformerLM(nn.Module):
             reversible,
         )  # fmt: skip
         self.norm = nn.LayerNorm(2 * dim, eps=eps)
-        self.decoder = nn.Linear(2 * dim, vocab_size)
+        self.decoder = Linear(2 * dim, vocab_size)
 
     def features(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
         """What the decoder reads: both streams, normed, `(B, L, 2 C)`.

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from harness.linear import Linear
+
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
 
@@ -39,7 +41,7 @@ class FeedForward(nn.Module):
             raise ValueError(f"chunk_size is a number of positions, or 0; not {chunk_size}")
         self.chunk_size, self.activation = chunk_size, ACTIVATIONS[activation]
         self.norm = nn.LayerNorm(dim, eps=eps)
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:

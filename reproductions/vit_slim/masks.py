@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from torch import Tensor, nn
 
+from harness.linear import linear
 from reproductions.vit_slim.selection import Kept, Scores, choose
 
 #: Where token masks start; tanh(3) = 0.995.
@@ -54,7 +55,7 @@ class SearchAttention(Attention):
         """`(B, N, C) -> (B, N, C)`."""
         rows = self.rows()
         bias = None if self.qkv.bias is None else self.qkv.bias * rows
-        qkv = F.linear(x, self.qkv.weight * rows[:, None], bias)
+        qkv = linear(x, self.qkv.weight * rows[:, None], bias)
         qkv = qkv.unflatten(2, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, d)
         dropout = self.attn_drop.p if self.training else 0.0
@@ -76,7 +77,7 @@ class SearchMlp(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, N, C) -> (B, N, C)`."""
         x = self.drop1(self.act(self.fc1(x)))
-        return self.drop2(F.linear(x, self.fc2.weight * self.columns(), self.fc2.bias))
+        return self.drop2(linear(x, self.fc2.weight * self.columns(), self.fc2.bias))
 
 
 class SearchBlock(Block):
