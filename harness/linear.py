@@ -1,15 +1,16 @@
 """Linear layers by the faster of the processor's two matrix products.
 
 On a CPU torch multiplies float32 matrices with MKL and convolves with oneDNN. A linear layer is
-a 1x1 convolution over tokens, so either library can compute it, and where oneDNN has the better
-kernels (AMD's processors: twice as fast, forwards and backwards) a network of linear layers waits
-for nothing but that choice. `harness.build` makes it for every network, timm's among them, so
-that a comparison of methods is not one of libraries. Compiled, exported, traced and mixed-precision
-networks, GPUs and small products keep torch's own way.
+a 1x1 convolution over tokens, so either can compute it. On AMD's processors with AVX-512 MKL
+leaves half of each register unused and oneDNN does not: a network of linear layers is twice as
+fast by the other one, forwards and backwards. `harness.build` chooses for every network, timm's
+among them, so that a comparison of methods is not one of libraries. Other processors, GPUs, small
+products and networks that are compiled, exported, traced or in mixed precision keep torch's way.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from harness.environment import cpu_vendor
 
 #: Fewest multiply-adds, and numbers in the input, for which the convolution pays. Below the latter
 #: torch hands a convolution to another library.
@@ -43,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: `(out_features, in_features)`.
         bias: `(out_features,)` or None.
     """
-    if not _pays(x, weight):
+    if not pays(x, weight):
         return F.linear(x, weight, bias)
     images = x.shape[0] if x.dim() > 2 else 1
     tokens = x.reshape(images, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # channels last: no copy
@@ -52,7 +55,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _pays(x: Tensor, weight: Tensor) -> bool:
+def pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` takes the convolution, i.e. gains by it."""
     return (
         isinstance(x, Tensor)  # torch.fx calls with something else
         and not torch.compiler.is_compiling()
@@ -62,9 +66,19 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
         and x.numel() >= LEAST_INPUT
         and x.numel() * weight.shape[0] >= LEAST_MACS
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
         and not _torchs_own.get()
+        and mkl_holds_back()
+    )
+
+
+@functools.cache
+def mkl_holds_back() -> bool:
+    """Whether MKL computes with AVX2 what oneDNN computes with AVX-512."""
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and "AMD" in cpu_vendor()
     )
 
 

@@ -7,12 +7,15 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import harness
-from harness.linear import Linear, choose_linears, linear, matrix_products
+from harness.linear import Linear, choose_linears, linear, matrix_products, mkl_holds_back
 
-both_libraries = pytest.mark.skipif(
-    not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()),
-    reason="this torch has only one library for float32 products",
-)
+
+@pytest.fixture(autouse=True)
+def held_back(monkeypatch):
+    """As if on a processor where the convolution is taken."""
+    monkeypatch.setattr("harness.linear.mkl_holds_back", lambda: True)
+
+
 SHAPES = [(8, 197), (4, 197), (1576,), (3, 7, 75), (1, 2000)]
 
 
@@ -69,17 +72,33 @@ def test_inputs_and_weights_may_be_views():
     assert linear(x.contiguous()[:, :200], layer.weight, layer.bias).is_contiguous()
 
 
-@both_libraries
 def test_large_float32_products_are_convolutions():
     layer, x = Linear(96, 160), torch.randn(8, 197, 96)
     assert convolves(lambda: layer(x))
     assert convolves(lambda: linear(x, layer.weight))
 
 
-@both_libraries
+@pytest.mark.parametrize(
+    ("vendor", "capability", "chosen"),
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+        ("", "DEFAULT", False),
+    ],
+)
+def test_where_mkl_holds_back(vendor, capability, chosen, monkeypatch):
+    for library in ("mkl", "mkldnn"):
+        monkeypatch.setattr(f"torch.backends.{library}.is_available", lambda: True)
+    monkeypatch.setattr("harness.linear.cpu_vendor", lambda: vendor)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    assert mkl_holds_back.__wrapped__() == chosen
+
+
 def test_everything_else_is_torchs_own():
     layer, x = Linear(96, 160), torch.randn(8, 197, 96)
     assert not convolves(lambda: layer(x[:1]))
+    assert not convolves(lambda: layer(x[:, :1, :1].expand(-1, 30, 96)))
     assert not convolves(lambda: layer.double()(x.double()))
     layer.float()
     with torch.autocast("cpu", torch.bfloat16):

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import Block, Mlp, VisionTransformer
 from torch import Tensor, nn
 
+from harness.linear import Linear, pays
 from reproductions.vit_slim.masks import (
     SearchAttention,
     SearchMlp,
@@ -45,11 +46,11 @@ ALIGNED = 8
 WIDE = 256
 
 
-class SlimLinear(nn.Linear):
+class SlimLinear(Linear):
     """A linear layer with any number of outputs, nearly as fast as one with an even number.
 
-    On a CPU a wide matrix product takes up to half as long again where the rows of its result are
-    not multiples of 32 bytes. In inference they are therefore written that far apart: same numbers,
+    MKL's wide matrix product takes up to half as long again where the rows of its result are not
+    multiples of 32 bytes. In inference they are therefore written that far apart: same numbers,
     same work, and the result is a view. (The deployed form pads with zeros instead, which is faster
     still but more multiply-adds.)
     """
@@ -59,7 +60,8 @@ class SlimLinear(nn.Linear):
         width = self.out_features
         plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.bias is None
         plain = plain or width % ALIGNED == 0 or width < WIDE
-        if plain or x.device.type != "cpu" or x.dtype != torch.float32:
+        plain = plain or x.device.type != "cpu" or x.dtype != torch.float32
+        if plain or pays(x, self.weight):  # oneDNN does not mind
             return super().forward(x)
         rows = x.flatten(0, -2)
         result = rows.new_empty(len(rows), -(-width // ALIGNED) * ALIGNED)[:, :width]
@@ -331,7 +333,7 @@ def _padded(linear: nn.Linear, rows: bool) -> nn.Linear:
     weight = F.pad(weight, (0, 0, 0, more) if rows else (0, more))
     if bias is not None and rows:
         bias = F.pad(bias, (0, more))
-    return _linear(nn.Linear, weight, bias)
+    return _linear(Linear, weight, bias)
 
 
 def _linear(kind: type[nn.Linear], weight: Tensor, bias: Tensor | None) -> nn.Linear:
