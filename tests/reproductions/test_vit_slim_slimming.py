@@ -17,7 +17,7 @@ from harness.export import export
 from reproductions.vit_slim.files import load_slim, read_kept, save_slim, write_kept
 from reproductions.vit_slim.masks import compress, learned_scores, make_searchable
 from reproductions.vit_slim.selection import Kept, Scores, choose, constant_scores, random_scores
-from reproductions.vit_slim.slimming import BiasOnly, magnitude_scores, slim, slim_to
+from reproductions.vit_slim.slimming import BiasOnly, SlimLinear, magnitude_scores, slim, slim_to
 
 
 def searched(**options) -> torch.nn.Module:
@@ -87,6 +87,16 @@ def test_training_and_inference_compute_the_same():
         taught.square().sum().backward()
     assert all(one.grad is not None and one.grad.isfinite().all() for one in small.parameters())
     torch.testing.assert_close(small.eval()(IMAGES), taught.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("held_back", [True, False])
+@torch.inference_mode()
+def test_odd_widths_on_either_kind_of_processor(held_back, monkeypatch):
+    monkeypatch.setattr("harness.linear.mkl_holds_back", lambda: held_back)
+    layer, x = SlimLinear(384, 691), torch.randn(2, 197, 384)
+    out, expected = layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert (out.stride(1) == 696) != held_back  # MKL's rows lie apart, oneDNN does not mind
+    assert torch.allclose(out, expected, atol=1e-5)
 
 
 @torch.no_grad()
