@@ -30,6 +30,15 @@ from reproductions.reformer.windows import Windows
 DENSE_BIAS = 1 << 22
 
 
+class HashedLinear(nn.Linear):
+    """The projection whose output is hashed: rounded as torch rounds it, in any form of a network.
+
+    A bucket is the place of the largest of some numbers. Among millions there are some whose two
+    largest are equal to the last digit, and another order of summation chooses the other one.
+    `harness.linear` and the deployment form leave a subclass as it is.
+    """
+
+
 class _Heads(nn.Module):
     """What the layers share: projections into heads and back.
 
@@ -68,7 +77,8 @@ class _Heads(nn.Module):
         self.causal, self.chunk, self.attn_drop = causal, chunk, attn_drop
         inner = self.num_heads * self.head_dim
         for name in self.projections:
-            setattr(self, name, Linear(dim, inner, bias=qkv_bias))
+            kind = HashedLinear if name == "to_qk" else Linear
+            setattr(self, name, kind(dim, inner, bias=qkv_bias))
         self.to_out = Linear(inner, dim, bias=out_bias)
 
     projections: tuple[str, ...] = ("to_qk", "to_v")
