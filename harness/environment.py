@@ -53,26 +53,30 @@ def _version(package: str) -> str | None:
         return None
 
 
-def cpu_model() -> str:
-    """The processor's name as the system gives it."""
+def _cpuinfo(*fields: str) -> str | None:
+    """The first of the fields in the system's description of its processors, if it has one."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.lower().startswith(("model name", "hardware")):
+            if line.lower().startswith(fields):
                 return line.split(":", 1)[1].strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine() or "unknown"
+    return None
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    return (
+        _cpuinfo("model name", "hardware")
+        or platform.processor()
+        or platform.machine()
+        or "unknown"
+    )
 
 
 def cpu_vendor() -> str:
     """The processor's maker as it calls itself, e.g. "GenuineIntel" or "AuthenticAMD"."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("vendor_id"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor()  # where there is no such file the name has the maker's at its end
+    return _cpuinfo("vendor_id") or platform.processor()  # whose last word it is elsewhere
 
 
 def _memory_gib() -> float:

@@ -58,16 +58,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` takes the convolution, i.e. gains by it."""
     return (
+        is_plain(x, weight)
+        and x.numel() >= LEAST_INPUT
+        and x.numel() * weight.shape[0] >= LEAST_MACS
+        and not _torchs_own.get()
+        and mkl_holds_back()
+    )
+
+
+def is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is an eager float32 product on a CPU: not traced, compiled or mixed."""
+    return (
         isinstance(x, Tensor)  # torch.fx calls with something else
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.numel() >= LEAST_INPUT
-        and x.numel() * weight.shape[0] >= LEAST_MACS
         and not torch.is_autocast_enabled("cpu")
-        and not _torchs_own.get()
-        and mkl_holds_back()
     )
 
 

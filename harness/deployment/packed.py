@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from harness.linear import Linear, linear
+from harness.linear import Linear, is_plain, linear
 
 #: Fewest weights for which packing pays: below it the operator's own cost outweighs the gain
 #: (a width of 64 gets slower, one of 128 and more gets faster).
@@ -47,11 +47,7 @@ class PackedLinear(nn.Linear):
 
     def _fits(self, x: Tensor) -> bool:
         return (
-            not torch.jit.is_tracing()
-            and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled("cpu")
-            and x.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
+            is_plain(x, self.weight)
             and x.numel() > 0
             and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
         )

@@ -292,6 +292,7 @@ def test_attention_is_its_definition_on_any_grid(size):
 
 
 def test_spaces_have_the_stated_extent():
+    """Stated with three or four digits, which is all that can be asked."""
     assert AUTOFORMER_T.candidates == pytest.approx(1.057e9, rel=1e-3)
     assert AUTOFORMER_S.candidates == pytest.approx(7.71e13, rel=1e-3)
     assert AUTOFORMER_B.candidates == pytest.approx(1.01e13, rel=1e-2)

@@ -266,3 +266,18 @@ def test_rounds_recover_attention():
                 out = chunked_attention(query, key, value, windows)
                 found.append(float((out - full).norm() / full.norm()))
             assert np.mean(found) == pytest.approx(error, rel=0.02), (name, rounds)
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_what_is_hashed_is_rounded_as_torch_rounds_it(deployed, monkeypatch):
+    """On a processor where other linear layers take another product, and in either form."""
+    monkeypatch.setattr("harness.linear.mkl_holds_back", lambda: True)
+    model = harness.build("reformer_vit_tiny_patch16", depth=2).eval()
+    model = harness.deploy(model) if deployed else model
+    hashed = [one for name, one in model.named_modules() if name.endswith("to_qk")]
+    assert len(hashed) == 2
+    x = torch.randn(8, 197, hashed[0].in_features)
+    with torch.inference_mode():
+        for layer in hashed:
+            expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+            assert torch.equal(layer(x), expected)
